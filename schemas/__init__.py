@@ -1,0 +1,1 @@
+"""Everything that is recorded. Frozen structs, no I/O."""

@@ -1,0 +1,157 @@
+"""Bytes to events and back; canonical JSON; the decision hash."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+
+from bascule.schemas.envelope import Draft, Envelope, Producer, Recorded, Unknown
+from bascule.schemas.errors import Corrupt, SchemaError
+from bascule.schemas.events import KNOWN_TYPES, TYPES, Data
+from bascule.schemas.subjects import event_id
+
+MAX_EVENT_BYTES = 512 * 1024
+INLINE_BYTES = 64 * 1024
+
+_encoder = msgspec.json.Encoder()
+_envelope_decoder = msgspec.json.Decoder(Envelope)
+_decoders = {key: msgspec.json.Decoder(t) for key, t in TYPES.items()}
+
+Upcaster = Callable[[dict[str, Any]], dict[str, Any]]
+#: (type, version) to the function that turns its data into that of version + 1.
+UPCASTERS: dict[tuple[str, int], Upcaster] = {}
+
+
+def encode(draft: Draft, *, run: str, producer: Producer, time: str, root: str | None) -> bytes:
+    """The payload bytes of a draft.
+
+    Raises:
+        SchemaError: the event would be over 512 KiB.
+    """
+    data = _encoder.encode(draft.data)
+    payload = _encoder.encode(
+        Envelope(
+            id=event_id(draft.subject),
+            type=draft.data.TYPE,
+            source=f"/bascule/{producer.service}",
+            subject=draft.subject,
+            time=time,
+            run=run,
+            step=draft.step,
+            schemaversion=draft.data.VERSION,
+            producer=producer,
+            data=msgspec.Raw(data),
+            causationid=draft.cause,
+            correlationid=root,
+            attempt=draft.attempt,
+        )
+    )
+    if len(payload) > MAX_EVENT_BYTES:
+        raise SchemaError(
+            f"The event {draft.subject} is {len(payload)} bytes; the limit is {MAX_EVENT_BYTES}.",
+            next_step="Put the large part into a blob.",
+        )
+    return payload
+
+
+def decode(seq: int, subject: str, payload: bytes, *, duplicate: bool = False) -> Recorded:
+    """Decode recorded bytes.
+
+    Raises:
+        Corrupt: the payload is no envelope, or names another subject than it is stored under.
+        SchemaError: a known type in a version that this code does not know, or data that does not fit it.
+    """
+    try:
+        envelope = _envelope_decoder.decode(payload)
+    except msgspec.DecodeError as e:
+        raise Corrupt(f"The event at sequence {seq} ({subject}) is not an envelope: {e}.") from e
+    if envelope.subject != subject or envelope.id != event_id(subject):
+        raise Corrupt(f"The event at sequence {seq} is stored under {subject} but says it is {envelope.subject}.")
+    return Recorded(
+        seq=seq, subject=subject, payload=payload, envelope=envelope, data=_data(envelope), duplicate=duplicate
+    )
+
+
+def _data(envelope: Envelope) -> Data | Unknown:
+    raw = bytes(envelope.data)
+    if envelope.type not in KNOWN_TYPES:
+        return Unknown(raw)
+    key = (envelope.type, envelope.schemaversion)
+    try:
+        if key in _decoders:
+            return _decoders[key].decode(raw)
+        return _upcast(envelope.type, envelope.schemaversion, raw)
+    except msgspec.DecodeError as e:
+        raise SchemaError(
+            f"The data of {envelope.subject} ({envelope.type} version {envelope.schemaversion}) does not fit: {e}.",
+            next_step="The log was written by other code under the same version; install that version.",
+        ) from e
+
+
+def _upcast(type_: str, version: int, raw: bytes) -> Data:
+    current = max(v for t, v in TYPES if t == type_)
+    data: dict[str, Any] = msgspec.json.decode(raw)
+    for v in range(version, current):
+        step = UPCASTERS.get((type_, v))
+        if step is None:
+            raise SchemaError(
+                f"{type_} version {version} needs an upcaster from version {v} to {v + 1}, and there is none.",
+                next_step="Install the version of bascule that wrote this log.",
+            )
+        data = step(data)
+    if version > current:
+        raise SchemaError(
+            f"{type_} version {version} is newer than this code, which knows version {current}.",
+            next_step="Install the version of bascule that wrote this log.",
+        )
+    return msgspec.convert(data, TYPES[type_, current])
+
+
+def figures(value: Any) -> Any:
+    """Builtins with every float rounded to 12 significant digits, so that equal decisions have equal bytes."""
+    if isinstance(value, float):
+        return float(f"{value:.12g}")
+    if isinstance(value, dict):
+        return {k: figures(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [figures(v) for v in value]
+    return value
+
+
+def canonical(data: Any, *, measured: bool = True) -> bytes:
+    """Canonical JSON: sorted keys, figures at 12 digits; without ``measured`` costs where asked."""
+    builtins = figures(msgspec.to_builtins(data))
+    if not measured and isinstance(builtins, dict):
+        builtins = {k: v for k, v in builtins.items() if k != "measured"}
+    return msgspec.json.encode(builtins, order="sorted")
+
+
+_RUN_TOKEN = re.compile(r"^bascule\.[^.]+\.")
+
+
+def decision_hash(events: Iterable[Recorded]) -> str:
+    """Hash over the decisions of one run: type, subject and data, without time, attempt and measured costs.
+
+    The run's own name is left out of the subjects, so that two runs under different names can be compared; subjects
+    are sorted, since the order in which independent decisions land is not a decision.
+    """
+    lines = sorted(
+        b"\0".join(
+            (
+                _RUN_TOKEN.sub("", e.subject).encode(),
+                e.envelope.type.encode(),
+                canonical(e.data, measured=False),
+            )
+        )
+        for e in events
+        if isinstance(e.data, Data) and e.data.KIND == "decision"
+    )
+    h = hashlib.blake2b(digest_size=20)
+    for line in lines:
+        h.update(len(line).to_bytes(8, "big"))
+        h.update(line)
+    return h.hexdigest()

@@ -1,0 +1,94 @@
+"""The one exception tree. Every class has a stable ``code``; every message names the object and the next step."""
+
+from __future__ import annotations
+
+
+class BasculeError(Exception):
+    """A failure that a person can act on.
+
+    Args:
+        message: what happened, and to which object.
+        next_step: what to do about it; shown after the message.
+    """
+
+    code = "bascule.error"
+
+    def __init__(self, message: str, *, next_step: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.next_step = next_step
+
+    def __str__(self) -> str:
+        return self.message if self.next_step is None else f"{self.message} {self.next_step}"
+
+
+class ConfigError(BasculeError):
+    """A value given by the user is unknown or out of range."""
+
+    code = "bascule.config"
+
+
+class NotFound(BasculeError):
+    """A run, event, file or model that was named does not exist."""
+
+    code = "bascule.not_found"
+
+
+class SchemaError(BasculeError):
+    """A recorded payload cannot be decoded by this version."""
+
+    code = "bascule.schema"
+
+
+class LogError(BasculeError):
+    """The event log refused or could not do something."""
+
+    code = "bascule.log"
+
+
+class Conflict(LogError):
+    """An append met a different event under the same identity, or a newer attempt."""
+
+    code = "bascule.log.conflict"
+
+
+class LogUnavailable(LogError):
+    """The log could not be reached before the deadline."""
+
+    code = "bascule.log.unavailable"
+
+
+class Corrupt(LogError):
+    """Stored bytes do not match their hash, or the order of events is broken."""
+
+    code = "bascule.log.corrupt"
+
+
+class PluginError(BasculeError):
+    """A plugin is missing, broken or ambiguous."""
+
+    code = "bascule.plugin"
+
+
+class HarnessError(BasculeError):
+    """A harness directory or manifest is not usable."""
+
+    code = "bascule.harness"
+
+
+class EngineError(BasculeError):
+    """An inference engine could not start or answer."""
+
+    code = "bascule.engine"
+
+
+class TrainError(BasculeError):
+    """A training request cannot be carried out."""
+
+    code = "bascule.train"
+
+
+class ScoringError(BasculeError):
+    """The scoring process could not score."""
+
+    code = "bascule.scoring"

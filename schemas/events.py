@@ -1,0 +1,456 @@
+"""Every event type that a run records, with the version of its data.
+
+Decisions follow from the log alone and can be made again; outcomes record an effect and cannot. ``KIND`` says which is
+which: a run's decision hash is taken over its decisions.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import msgspec
+
+from bascule.schemas.decision import Evidence, Lever, Option
+from bascule.schemas.landscape import Interval, Measured, RewardLandscape
+from bascule.schemas.run import PluginPin, RunConfig
+from bascule.schemas.trajectory import EpisodeError, Sampling, Trajectory, Verdict
+
+Kind = Literal["command", "decision", "outcome"]
+Split = Literal["train", "dev", "sealed"]
+Purpose = Literal["landscape", "gate", "training", "report", "ablation"]
+
+
+class Data(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of what an event records."""
+
+    TYPE: ClassVar[str] = ""
+    VERSION: ClassVar[int] = 1
+    KIND: ClassVar[Kind] = "outcome"
+
+
+class BlobRef(msgspec.Struct, frozen=True, kw_only=True):
+    """A content-addressed blob: durable before the event that names it is appended."""
+
+    sha256: str
+    size: int
+    media: str = "application/octet-stream"
+
+
+class RunStarted(Data, frozen=True, kw_only=True):
+    """A run was asked for.
+
+    Attributes:
+        task_digest: digest of the task's public face (specification, train items, questions).
+        train, dev, sealed: number of examples of each split that the run uses.
+        model_digest: digest of the base model.
+        plugins: what the run is pinned to.
+    """
+
+    TYPE = "bascule.run.started"
+    KIND = "command"
+    config: RunConfig
+    task_version: str
+    task_digest: str
+    train: int
+    dev: int
+    sealed: int
+    model_digest: str
+    plugins: tuple[PluginPin, ...]
+
+
+class HarnessProposed(Data, frozen=True, kw_only=True):
+    """A harness was written: the first one, or an edit of a promoted one.
+
+    Attributes:
+        author: who wrote it (``reference`` for the task's own).
+        edit: the operator or a one-line summary; ``parent`` is the digest it was made from.
+    """
+
+    TYPE = "bascule.harness.proposed"
+    KIND = "decision"
+    generation: int
+    digest: str
+    files: dict[str, str]
+    author: str
+    edit: str
+    parent: str | None = None
+
+
+class AuthorFailed(Data, frozen=True, kw_only=True):
+    """An author had nothing to propose, or its proposal was not a usable harness."""
+
+    TYPE = "bascule.harness.failed"
+    KIND = "decision"
+    generation: int
+    author: str
+    reason: str
+
+
+class CandidateProposed(Data, frozen=True, kw_only=True):
+    """A pair of harness and adapter to be measured; ``parent`` is the generation of the promoted one it came from."""
+
+    TYPE = "bascule.candidate.proposed"
+    KIND = "decision"
+    generation: int
+    harness: str
+    adapter: str | None = None
+    parent: int | None = None
+    lever: Lever | None = None
+    algorithm: str | None = None
+
+
+class EpisodesRequested(Data, frozen=True, kw_only=True):
+    """A shard of episodes: the unit of work of the rollout service.
+
+    Attributes:
+        evaluation: the whole that this shard is part of, e.g. ``g03-dev`` or ``g04-i07``.
+        positions: where each example stands in its split.
+        harness: digest; adapter: name, None for the base model.
+        engine: an engine other than the run's own (ablations).
+    """
+
+    TYPE = "bascule.episodes.requested"
+    KIND = "decision"
+    evaluation: str
+    purpose: Purpose
+    generation: int
+    split: Split
+    shard: int
+    shards: int
+    positions: tuple[int, ...]
+    examples: tuple[str, ...]
+    samples: int
+    sampling: Sampling
+    seed: int
+    harness: str
+    adapter: str | None = None
+    engine: str | None = None
+
+
+class TrajectoryLogged(Data, frozen=True, kw_only=True):
+    """One episode ran. ``body`` is inline up to 64 KiB, otherwise in ``blob``."""
+
+    TYPE = "bascule.trajectory.logged"
+    trajectory: str
+    evaluation: str
+    example: str
+    position: int
+    sample: int
+    answer: str | None
+    error: EpisodeError | None
+    prompt_tokens: int
+    output_tokens: int
+    measured: Measured
+    body: Trajectory | None = None
+    blob: BlobRef | None = None
+
+
+class TrajectoryScored(Data, frozen=True, kw_only=True):
+    """The scoring process gave its verdict."""
+
+    TYPE = "bascule.trajectory.scored"
+    trajectory: str
+    evaluation: str
+    position: int
+    sample: int
+    verdict: Verdict
+
+
+class EvaluationCompleted(Data, frozen=True, kw_only=True):
+    """All trajectories of an evaluation are scored.
+
+    Attributes:
+        baselines: score of each constant or simple rule on the same examples, where the task has them.
+    """
+
+    TYPE = "bascule.evaluation.completed"
+    KIND = "decision"
+    evaluation: str
+    purpose: Purpose
+    generation: int
+    split: Split
+    landscape: RewardLandscape
+    measured: Measured
+
+
+class GateFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """What the gate looked at.
+
+    Attributes:
+        test: ``first`` (nothing to compare with), ``mcnemar-exact`` or ``paired-sign-flip``.
+        wins, losses: examples on which the candidate is better or worse than the parent.
+        p: one-sided, for "the candidate is better".
+    """
+
+    test: Literal["first", "mcnemar-exact", "paired-sign-flip"]
+    score: float
+    score_interval: Interval
+    parent_score: float | None = None
+    wins: int = 0
+    losses: int = 0
+    p: float | None = None
+    alpha: float | None = None
+
+
+class CandidatePromoted(Data, frozen=True, kw_only=True):
+    """The candidate is the new parent."""
+
+    TYPE = "bascule.candidate.promoted"
+    KIND = "decision"
+    generation: int
+    over: int | None
+    figures: GateFigures
+    gate_version: str
+
+
+class CandidateRejected(Data, frozen=True, kw_only=True):
+    """The parent stays."""
+
+    TYPE = "bascule.candidate.rejected"
+    KIND = "decision"
+    generation: int
+    over: int
+    figures: GateFigures
+    gate_version: str
+
+
+class LeverChosen(Data, frozen=True, kw_only=True):
+    """The feedback service chose what to pull next, and why."""
+
+    TYPE = "bascule.lever.chosen"
+    KIND = "decision"
+    generation: int
+    lever: Lever
+    algorithm: str | None
+    params: dict[str, Any]
+    parent: int
+    policy: str
+    policy_version: str
+    reasons: tuple[str, ...]
+    options: tuple[Option, ...]
+    evidence: tuple[Evidence, ...]
+
+
+class ModelCalled(Data, frozen=True, kw_only=True):
+    """A policy or an author asked a model; recorded so that a crash repeats no call and a replay makes none."""
+
+    TYPE = "bascule.model.called"
+    session: str
+    ordinal: int
+    model: str
+    request: dict[str, Any]
+    answer: dict[str, Any]
+    input_tokens: int = 0
+    output_tokens: int = 0
+    measured: Measured = Measured()
+
+
+class ToolCalled(Data, frozen=True, kw_only=True):
+    """A policy or an author used a tool."""
+
+    TYPE = "bascule.tool.called"
+    session: str
+    ordinal: int
+    name: str
+    arguments: dict[str, Any]
+    result: str | None = None
+    error: str | None = None
+    measured: Measured = Measured()
+
+
+class TrainRequested(Data, frozen=True, kw_only=True):
+    """A training job: ``iterations`` on-policy updates in one generation, or one update from ``logged`` episodes.
+
+    Attributes:
+        parent: generation of the promoted candidate whose harness the job samples with.
+        adapter: name of the adapter to continue from; None starts at the base model.
+        logged: an evaluation that is already in the log, trained from without new episodes.
+    """
+
+    TYPE = "bascule.train.requested"
+    KIND = "decision"
+    generation: int
+    algorithm: str
+    algorithm_version: str
+    params: dict[str, Any]
+    iterations: int
+    groups: int
+    samples: int
+    temperature: float
+    parent: int
+    harness: str
+    adapter: str | None = None
+    logged: str | None = None
+    seed: int = 0
+
+
+class TrainStarted(Data, frozen=True, kw_only=True):
+    """An attempt at the job took over; appends of earlier attempts are refused from here on."""
+
+    TYPE = "bascule.train.started"
+    generation: int
+    attempt: int
+    resumed_after: int
+    threads: int
+
+
+class AdapterCheckpointed(Data, frozen=True, kw_only=True):
+    """One update is done.
+
+    Attributes:
+        adapter: its name, ``g04-i007``.
+        weights: the adapter as safetensors, with PEFT's configuration in the metadata.
+        state: optimiser and controller state, to continue from.
+        metrics: loss, kl, clip_fraction, entropy, ess, grad_norm, trained_tokens, reward, ...
+    """
+
+    TYPE = "bascule.adapter.checkpointed"
+    generation: int
+    iteration: int
+    attempt: int
+    adapter: str
+    weights: BlobRef
+    state: BlobRef
+    data_digest: str
+    metrics: dict[str, float]
+    measured: Measured
+
+
+class AdapterPublished(Data, frozen=True, kw_only=True):
+    """The job's last adapter, ready to become a candidate."""
+
+    TYPE = "bascule.adapter.published"
+    KIND = "decision"
+    generation: int
+    adapter: str
+    weights: BlobRef
+    parent_adapter: str | None
+    iterations: int
+
+
+class TrainFailed(Data, frozen=True, kw_only=True):
+    """The job stopped without an adapter: infeasible data, a guard rail, or an error."""
+
+    TYPE = "bascule.train.failed"
+    generation: int
+    attempt: int
+    reason: str
+    figures: dict[str, float] = {}
+
+
+class AdapterServed(Data, frozen=True, kw_only=True):
+    """An engine has loaded the adapter; no episode ran with it before."""
+
+    TYPE = "bascule.adapter.served"
+    adapter: str
+    sha256: str
+    engine: str
+
+
+class AblationRequested(Data, frozen=True, kw_only=True):
+    """Measure the final candidate without one of its parts.
+
+    Attributes:
+        arm: ``constant-engine`` (an engine that always answers ``answer``) or ``no-adapter``.
+    """
+
+    TYPE = "bascule.ablation.requested"
+    KIND = "command"
+    name: str
+    arm: Literal["constant-engine", "no-adapter"]
+    generation: int
+    answer: str | None = None
+
+
+class RunPaused(Data, frozen=True, kw_only=True):
+    """Services finish what runs and start nothing new."""
+
+    TYPE = "bascule.run.paused"
+    KIND = "command"
+    reason: str
+
+
+class RunResumed(Data, frozen=True, kw_only=True):
+    """A paused run goes on."""
+
+    TYPE = "bascule.run.resumed"
+    KIND = "command"
+
+
+class RunCancelled(Data, frozen=True, kw_only=True):
+    """Somebody ended the run."""
+
+    TYPE = "bascule.run.cancelled"
+    KIND = "command"
+    reason: str
+
+
+class SealedReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The sealed split, looked at once after the stop: the first harness and the best candidate.
+
+    Attributes:
+        before, after: scores of generation 0 and of the best candidate, over the whole split.
+        p: one-sided paired test (exact McNemar for pass/fail).
+    """
+
+    before: float
+    before_interval: Interval
+    after: float
+    after_interval: Interval
+    wins: int
+    losses: int
+    p: float
+    n: int
+    test: str
+
+
+class RunCompleted(Data, frozen=True, kw_only=True):
+    """The loop stopped and the sealed split was scored."""
+
+    TYPE = "bascule.run.completed"
+    KIND = "decision"
+    best: int
+    generations: int
+    reason: str
+    sealed: SealedReport
+
+
+class RunFailed(Data, frozen=True, kw_only=True):
+    """The run cannot go on: what happened and what to do."""
+
+    TYPE = "bascule.run.failed"
+    service: str
+    reason: str
+
+
+TYPES: dict[tuple[str, int], type[Data]] = {
+    (t.TYPE, t.VERSION): t
+    for t in (
+        RunStarted,
+        HarnessProposed,
+        AuthorFailed,
+        CandidateProposed,
+        EpisodesRequested,
+        TrajectoryLogged,
+        TrajectoryScored,
+        EvaluationCompleted,
+        CandidatePromoted,
+        CandidateRejected,
+        LeverChosen,
+        ModelCalled,
+        ToolCalled,
+        TrainRequested,
+        TrainStarted,
+        AdapterCheckpointed,
+        AdapterPublished,
+        TrainFailed,
+        AdapterServed,
+        AblationRequested,
+        RunPaused,
+        RunResumed,
+        RunCancelled,
+        RunCompleted,
+        RunFailed,
+    )
+}
+KNOWN_TYPES = {name for name, _ in TYPES}

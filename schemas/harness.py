@@ -1,0 +1,101 @@
+"""The harness: a small directory of files, content-addressed."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Any
+
+import msgspec
+
+from bascule.schemas.errors import HarnessError
+
+MAX_BYTES = 64 * 1024
+REQUIRED = ("harness.py", "manifest.json", "system_prompt.md")
+
+
+class HarnessManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``manifest.json``: what the broker enforces, and the parameters that the harness reads.
+
+    Attributes:
+        name: a short name for tables.
+        timeout_seconds: wall-clock limit of one episode, model time excluded.
+        max_model_calls: samples that one episode may ask the model for.
+        max_tool_calls: tool calls that one episode may make.
+        max_output_bytes: what the harness may send (answer, notes, prompts) before it is stopped.
+        tools: names of the task's tools that the harness may call.
+        params: free parameters; levers edit these, ``harness.py`` reads them.
+    """
+
+    name: str
+    timeout_seconds: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 20.0
+    max_model_calls: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 32
+    max_tool_calls: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 64
+    max_output_bytes: Annotated[int, msgspec.Meta(ge=1024, le=16 * 1024 * 1024)] = 256 * 1024
+    tools: tuple[str, ...] = ()
+    params: dict[str, Any] = {}
+
+
+class Harness(msgspec.Struct, frozen=True, kw_only=True):
+    """The files of a harness, by relative name, and their digest."""
+
+    files: dict[str, str]
+    digest: str
+
+    @property
+    def manifest(self) -> HarnessManifest:
+        return parse_manifest(self.files["manifest.json"])
+
+
+def digest_of(files: dict[str, str]) -> str:
+    """SHA-256 over the sorted names and contents, each length-prefixed; the first 32 hexadecimal digits."""
+    h = hashlib.sha256()
+    for name in sorted(files):
+        for part in (name.encode(), files[name].encode()):
+            h.update(len(part).to_bytes(8, "big"))
+            h.update(part)
+    return h.hexdigest()[:32]
+
+
+def parse_manifest(text: str) -> HarnessManifest:
+    """Decode ``manifest.json``.
+
+    Raises:
+        HarnessError: naming the field that is wrong.
+    """
+    try:
+        return msgspec.json.decode(text, type=HarnessManifest)
+    except msgspec.DecodeError as e:
+        raise HarnessError(f"manifest.json of the harness is not valid: {e}.", next_step="Correct that field.") from e
+
+
+def make_harness(files: dict[str, str]) -> Harness:
+    """Check a harness directory's files and address them by content.
+
+    Raises:
+        HarnessError: a required file is missing, a name leaves the directory, the whole is over 64 KiB, the manifest
+            is not valid or ``harness.py`` does not parse.
+    """
+    for name in REQUIRED:
+        if name not in files:
+            raise HarnessError(f"The harness has no {name}.", next_step=f"It needs {', '.join(REQUIRED)}.")
+    for name in files:
+        parts = name.split("/")
+        if name.startswith("/") or "\\" in name or "\0" in name or any(p in ("", ".", "..") for p in parts):
+            raise HarnessError(
+                f"The harness names a file outside its directory: {name!r}.", next_step="Use relative names below it."
+            )
+    size = sum(len(k.encode()) + len(v.encode()) for k, v in files.items())
+    if size > MAX_BYTES:
+        raise HarnessError(
+            f"The harness is {size} bytes; the limit is {MAX_BYTES}.", next_step="Keep data in the task, not in the harness."
+        )
+    parse_manifest(files["manifest.json"])
+    for name, text in files.items():
+        if name.endswith(".py"):
+            try:
+                compile(text, name, "exec", dont_inherit=True)
+            except (SyntaxError, ValueError) as e:
+                line = getattr(e, "lineno", None)
+                where = f", line {line}" if line else ""
+                raise HarnessError(f"{name}{where} of the harness does not parse: {e}.", next_step="Correct it.") from e
+    return Harness(files=dict(sorted(files.items())), digest=digest_of(files))

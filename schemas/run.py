@@ -1,0 +1,96 @@
+"""The configuration of a run: recorded in its first event, never changed afterwards."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from bascule.schemas.errors import ConfigError
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class EvaluationConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How candidates are measured.
+
+    Attributes:
+        dev_examples: at most this many examples of ``dev`` (0 = all).
+        sealed_examples: at most this many of ``sealed`` (0 = all).
+        train_groups: examples of ``train`` that each candidate's landscape is taken over.
+        train_samples: samples per example on ``train``, at ``train_temperature``.
+    """
+
+    dev_examples: Annotated[int, msgspec.Meta(ge=0)] = 0
+    sealed_examples: Annotated[int, msgspec.Meta(ge=0)] = 0
+    train_groups: Positive = 32
+    train_samples: Annotated[int, msgspec.Meta(ge=1, le=256)] = 8
+    train_temperature: Annotated[float, msgspec.Meta(gt=0, le=10)] = 1.0
+
+
+class GateConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The promotion gate: a candidate replaces its parent if a paired one-sided test on ``dev`` gives p < ``alpha``."""
+
+    alpha: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.05
+
+
+class PluginChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """A plugin by name, with the parameters given to it."""
+
+    name: str
+    params: dict[str, Any] = {}
+
+
+class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that a run was asked to do.
+
+    Attributes:
+        task: name of the task plugin and its parameters.
+        model: name of an embedded model, or a local folder.
+        engine: name of the engine plugin and its parameters.
+        levers: which levers the policy may pull.
+        max_generations: lever choices after the first harness; then the run stops.
+        algorithms: parameters by algorithm name, over the algorithm's and the task's defaults.
+        threads: compute threads of the model; 0 leaves it to the machine.
+        base_model: digest of the base model's weights; recorded at start.
+        plugins: version and hash of every plugin that the run uses; recorded at start.
+    """
+
+    task: PluginChoice
+    model: str = "smollm2-135m-instruct"
+    engine: PluginChoice = PluginChoice(name="transformers")
+    policy: PluginChoice = PluginChoice(name="rules")
+    author: PluginChoice = PluginChoice(name="operators")
+    levers: tuple[Literal["harness", "weights"], ...] = ("harness", "weights")
+    max_generations: Annotated[int, msgspec.Meta(ge=0, le=300)] = 4
+    seed: Annotated[int, msgspec.Meta(ge=0, lt=2**31)] = 1
+    evaluation: EvaluationConfig = EvaluationConfig()
+    gate: GateConfig = GateConfig()
+    algorithms: dict[str, dict[str, Any]] = {}
+    shard_size: Annotated[int, msgspec.Meta(ge=1, le=32)] = 32
+    threads: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
+
+
+class PluginPin(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run depends on: a plugin, its distribution's version, and the hash of its code."""
+
+    kind: str
+    name: str
+    version: str
+    distribution: str
+    hash: str
+
+
+def parse_config(values: dict[str, Any]) -> RunConfig:
+    """Build a configuration from plain values.
+
+    Raises:
+        ConfigError: naming the field that is unknown or out of range.
+    """
+    try:
+        config = msgspec.convert(values, RunConfig)
+    except msgspec.ValidationError as e:
+        raise ConfigError(f"The configuration is not valid: {e}.", next_step="Correct that value.") from e
+    if not config.levers:
+        raise ConfigError("A run needs at least one lever.", next_step="Give --levers harness, weights or both.")
+    return config

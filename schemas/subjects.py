@@ -1,0 +1,141 @@
+"""Subjects: ``bascule.<run>.<aggregate>.<aggregate id>.<event>``, and the identities that follow from them.
+
+The subject *is* the identity of an event: its id is a hash of the subject, and what can happen once has exactly one
+subject. Outcomes that exclude each other (promoted or rejected, published or failed) share one subject, so that the
+broker itself refuses the second.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+
+from bascule.schemas.errors import ConfigError
+
+ROOT = "bascule"
+_TOKEN = re.compile(r"[a-z0-9_-]{1,64}")
+
+
+def token(value: str) -> str:
+    """Return ``value`` if it is one subject token, ``[a-z0-9_-]{1,64}``.
+
+    Raises:
+        ConfigError: naming the value, since a dot or a wildcard would address other subjects.
+    """
+    if not _TOKEN.fullmatch(value):
+        raise ConfigError(
+            f"{value!r} cannot be part of a subject.",
+            next_step="Use 1 to 64 of: lower-case letters, digits, '-' and '_'.",
+        )
+    return value
+
+
+def foreign_token(value: str) -> str:
+    """Hash an identifier that comes from outside (an example id of a data set) into one token."""
+    return base64.b32encode(hashlib.blake2b(value.encode(), digest_size=10).digest()).decode().lower()
+
+
+def subject(run: str, aggregate: str, aggregate_id: str, event: str) -> str:
+    """Build a five-token subject, each token validated."""
+    return ".".join((ROOT, token(run), token(aggregate), token(aggregate_id), token(event)))
+
+
+def run_of(subject_: str) -> str:
+    """The run token of a subject."""
+    return subject_.split(".", 2)[1]
+
+
+def event_id(subject_: str) -> str:
+    """The identity of the event under ``subject_``: base32 of blake2b-160."""
+    return base64.b32encode(hashlib.blake2b(subject_.encode(), digest_size=20).digest()).decode().lower()
+
+
+def run_started(run: str) -> str:
+    return subject(run, "run", "run", "started")
+
+
+def run_end(run: str) -> str:
+    """Shared by RunCompleted, RunFailed and RunCancelled."""
+    return subject(run, "run", "run", "end")
+
+
+def run_paused(run: str, ordinal: int) -> str:
+    return subject(run, "run", f"pause-{ordinal:03d}", "paused")
+
+
+def run_resumed(run: str, ordinal: int) -> str:
+    return subject(run, "run", f"pause-{ordinal:03d}", "resumed")
+
+
+def harness_outcome(run: str, generation: int) -> str:
+    """Shared by HarnessProposed and AuthorFailed."""
+    return subject(run, "harness", f"g{generation:02d}", "outcome")
+
+
+def candidate_proposed(run: str, generation: int) -> str:
+    return subject(run, "candidate", f"g{generation:02d}", "proposed")
+
+
+def candidate_gate(run: str, generation: int) -> str:
+    """Shared by CandidatePromoted and CandidateRejected."""
+    return subject(run, "candidate", f"g{generation:02d}", "gate")
+
+
+def episodes_requested(run: str, evaluation: str, shard: int) -> str:
+    return subject(run, "episodes", f"{evaluation}-s{shard:02d}", "requested")
+
+
+def evaluation_completed(run: str, evaluation: str) -> str:
+    return subject(run, "eval", evaluation, "completed")
+
+
+def trajectory_id(evaluation: str, position: int, sample: int) -> str:
+    return f"{evaluation}-{position:04d}-n{sample}"
+
+
+def trajectory_logged(run: str, trajectory: str) -> str:
+    return subject(run, "traj", trajectory, "logged")
+
+
+def trajectory_scored(run: str, trajectory: str) -> str:
+    return subject(run, "traj", trajectory, "scored")
+
+
+def lever_chosen(run: str, generation: int) -> str:
+    return subject(run, "decision", f"g{generation:02d}", "lever")
+
+
+def call_outcome(run: str, session: str, ordinal: int) -> str:
+    """A model or tool call of a step machine (policy or author)."""
+    return subject(run, "call", f"{session}-{ordinal:03d}", "outcome")
+
+
+def train_aggregate(run: str, generation: int) -> str:
+    """The filter that fences a training job: only the newest attempt may append under it."""
+    return f"{ROOT}.{token(run)}.train.g{generation:02d}.>"
+
+
+def train_requested(run: str, generation: int) -> str:
+    return subject(run, "train", f"g{generation:02d}", "requested")
+
+
+def train_started(run: str, generation: int, attempt: int) -> str:
+    return subject(run, "train", f"g{generation:02d}", f"started-{attempt:03d}")
+
+
+def adapter_checkpointed(run: str, generation: int, iteration: int) -> str:
+    return subject(run, "train", f"g{generation:02d}", f"checkpointed-i{iteration:03d}")
+
+
+def train_outcome(run: str, generation: int) -> str:
+    """Shared by AdapterPublished and TrainFailed."""
+    return subject(run, "train", f"g{generation:02d}", "outcome")
+
+
+def adapter_served(run: str, adapter: str) -> str:
+    return subject(run, "adapter", adapter, "served")
+
+
+def ablation_requested(run: str, name: str) -> str:
+    return subject(run, "ablation", name, "requested")
