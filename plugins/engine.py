@@ -1,0 +1,89 @@
+"""The engine protocol: who samples tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from bascule.schemas.trajectory import Output, Sampling
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One chat message."""
+
+    role: str
+    content: str
+
+
+class SampleRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """``n`` continuations of one prompt.
+
+    Attributes:
+        trajectory: who asks, ``<evaluation>-<position>-n<sample>``; a cassette looks its answer up by it.
+        call: ordinal of the call within the trajectory.
+        prompt_ids: the exact prompt.
+        n: number of samples.
+        sampling: temperature, token limit, stop strings.
+        seed: the answer depends on it and on the prompt alone, up to floating-point differences between batch shapes.
+        adapter: name of a loaded adapter, or None for the base model.
+    """
+
+    trajectory: str
+    call: int
+    prompt_ids: tuple[int, ...]
+    n: int
+    sampling: Sampling
+    seed: int
+    adapter: str | None = None
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run records of its engine: enough to tell whether two runs used the same model."""
+
+    name: str
+    model: str
+    model_digest: str
+    versions: dict[str, str] = {}
+
+
+class Engine(Protocol):
+    """An inference engine. Methods are called on the event loop; the model must compute off it."""
+
+    async def start(self) -> EngineInfo:
+        """Load what is needed.
+
+        Raises:
+            EngineError: the model is missing or not usable, with the next step.
+        """
+        ...
+
+    async def close(self) -> None: ...
+
+    def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Token ids of a chat prompt, the generation prompt included."""
+        ...
+
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        """Token ids of a raw completion prompt."""
+        ...
+
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        """Make a LoRA adapter (PEFT's layout) available under ``name`` without a restart; idempotent by name."""
+        ...
+
+    async def sample(self, request: SampleRequest) -> Sequence[Output]:
+        """Sample ``request.n`` outputs, in order. Concurrent calls are batched.
+
+        Raises:
+            EngineError: the adapter is unknown, or the prompt is longer than the model's context.
+        """
+        ...
+
+
+class EngineFactory(Protocol):
+    """Makes an engine from a model name and parameters; heavy imports belong inside."""
+
+    def __call__(self, model: str, params: dict[str, Any]) -> Engine: ...

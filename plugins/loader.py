@@ -1,0 +1,180 @@
+"""Finds and loads plugins, each on its own: a broken one is quarantined and listed, never taken along."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from functools import cache
+from importlib.metadata import Distribution, EntryPoint, distributions
+from pathlib import Path
+
+import msgspec
+import pluggy
+
+from bascule.plugins import hookspecs
+from bascule.plugins.registry import Registry
+from bascule.schemas.errors import PluginError
+from bascule.schemas.run import PluginPin
+
+GROUP = "bascule.plugins"
+
+
+class LoadedPlugin(msgspec.Struct, frozen=True, kw_only=True):
+    """One entry point and what became of it.
+
+    Attributes:
+        error: why it is quarantined; None if it is in use.
+        provides: what it registered, as ``kind:name``.
+        seconds: time to import and register.
+    """
+
+    name: str
+    distribution: str
+    version: str
+    hash: str
+    seconds: float
+    provides: tuple[str, ...] = ()
+    error: str | None = None
+
+
+class Plugins(msgspec.Struct, frozen=True):
+    """The result of loading: the registry of what works and the account of everything found."""
+
+    registry: Registry
+    loaded: tuple[LoadedPlugin, ...]
+
+    def pin(self, kind: str, name: str) -> PluginPin:
+        """Version and hash of what provides ``kind:name``."""
+        found = next(k for k in self.registry.kinds if k.name == kind)
+        found.get(name)
+        owner = found.owners[name]
+        plugin = next(p for p in self.loaded if p.error is None and f"{kind}:{name}" in p.provides)
+        return PluginPin(
+            kind=kind, name=name, version=found.versions[name], distribution=f"{owner} {plugin.version}", hash=plugin.hash
+        )
+
+
+def _wanted(name: str) -> bool:
+    allowed = os.environ.get("BASCULE_PLUGINS")
+    return allowed is None or name in {p.strip() for p in allowed.split(",")}
+
+
+def _entry_points() -> list[tuple[EntryPoint, Distribution]]:
+    found: dict[tuple[str, str], tuple[EntryPoint, Distribution]] = {}
+    for dist in distributions():
+        for entry in dist.entry_points:
+            if entry.group == GROUP and _wanted(entry.name):
+                # An editable install can be found twice on the path; the same distribution is not a rival.
+                found.setdefault((dist.metadata["Name"], entry.name), (entry, dist))
+    return sorted(found.values(), key=lambda pair: (pair[0].name, pair[1].metadata["Name"]))
+
+
+def _code_hash(folder: Path) -> str:
+    h = hashlib.blake2b(digest_size=16)
+    for path in sorted(folder.rglob("*.py")):
+        data = path.read_bytes()
+        h.update(len(data).to_bytes(8, "big") + str(path.relative_to(folder)).encode() + b"\0" + data)
+    return h.hexdigest()
+
+
+def _hash(entry: EntryPoint, module: object) -> str:
+    """Hash of the plugin's own code: its package's files, which also covers editable installs."""
+    file = getattr(module, "__file__", None)
+    if file is None:
+        return hashlib.blake2b(entry.value.encode(), digest_size=16).hexdigest()
+    path = Path(file)
+    if path.name == "__init__.py":
+        return _code_hash(path.parent)
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
+def _register(manager: pluggy.PluginManager, registry: Registry, module: object, owner: str) -> tuple[str, ...]:
+    before = [dict(k.items) for k in registry.kinds]
+    registry.owner = owner
+    manager.register(module, name=owner)
+    try:
+        manager.check_pending()
+        for implementation in manager.hook.bascule_register.get_hookimpls():
+            if implementation.plugin is module:
+                implementation.function(registry)
+    except BaseException:
+        manager.unregister(module)
+        for kind, items in zip(registry.kinds, before, strict=True):
+            for name in set(kind.items) - set(items):
+                del kind.items[name], kind.owners[name], kind.versions[name]
+        raise
+    return tuple(
+        f"{kind.name}:{name}"
+        for kind, items in zip(registry.kinds, before, strict=True)
+        for name in sorted(set(kind.items) - set(items))
+    )
+
+
+def load_plugins() -> Plugins:
+    """Load every installed plugin that ``BASCULE_PLUGINS`` (a comma-separated allow-list of names) lets through.
+
+    With ``BASCULE_PLUGINS_STRICT=1`` a plugin that fails to load raises instead of being quarantined.
+
+    Raises:
+        PluginError: two plugins claim one name, or strict loading met a failure.
+    """
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    registry = Registry()
+    loaded: list[LoadedPlugin] = []
+    owners: dict[str, str] = {}
+    for entry, dist in _entry_points():
+        name = dist.metadata["Name"]
+        owner = f"{name} ({entry.name})"
+        if entry.name in owners:
+            raise PluginError(
+                f"Two distributions provide the plugin {entry.name!r}: {owners[entry.name]} and {name}.",
+                next_step="Uninstall one of them.",
+            )
+        owners[entry.name] = name
+        start = time.perf_counter()
+        error, provides, code = None, (), ""
+        try:
+            module = entry.load()
+            api = getattr(module, "bascule_api", hookspecs.API)
+            if api != hookspecs.API:
+                raise PluginError(f"it is made for plugin API {api}, and this is API {hookspecs.API}.")
+            code = _hash(entry, module)
+            provides = _register(manager, registry, module, owner)
+        except Exception as e:
+            if isinstance(e, PluginError) and "Two plugins register" in e.message:
+                raise
+            error = f"{type(e).__name__}: {e}"
+            if os.environ.get("BASCULE_PLUGINS_STRICT") == "1":
+                raise PluginError(
+                    f"The plugin {entry.name!r} of {name} does not load: {error}",
+                    next_step="Repair or uninstall it, or unset BASCULE_PLUGINS_STRICT.",
+                ) from e
+        loaded.append(
+            LoadedPlugin(
+                name=entry.name,
+                distribution=name,
+                version=dist.version,
+                hash=code,
+                seconds=time.perf_counter() - start,
+                provides=provides,
+                error=error,
+            )
+        )
+    return Plugins(registry, tuple(loaded))
+
+
+@cache
+def plugins() -> Plugins:
+    """The process's plugins, loaded once."""
+    return load_plugins()
+
+
+def code_hash() -> str:
+    """Hash of the installed ``bascule`` code, as recorded in every event's producer."""
+    root = Path(__file__).parent.parent
+    h = hashlib.blake2b(digest_size=16)
+    for package in ("schemas", "plugins", "trainers", "verifiers", "runtime"):
+        h.update(_code_hash(root / package).encode())
+    return h.hexdigest()

@@ -1,0 +1,150 @@
+"""The policy protocol: who chooses the lever; and the author protocol: who writes harnesses. Both are step machines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import msgspec
+
+from bascule.plugins.algorithm import Requirement
+from bascule.plugins.task import Example
+from bascule.schemas.decision import LeverDecision
+from bascule.schemas.events import GateFigures, ModelCalled, ToolCalled
+from bascule.schemas.harness import Harness
+from bascule.schemas.landscape import RewardLandscape
+
+
+class CallModel(msgspec.Struct, frozen=True, kw_only=True):
+    """The machine asks for a model call; its answer is recorded before the next step."""
+
+    model: str
+    request: dict[str, Any]
+
+
+class CallTool(msgspec.Struct, frozen=True, kw_only=True):
+    """The machine asks for a tool call."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+Call = CallModel | CallTool
+CallResult = ModelCalled | ToolCalled
+
+
+class Generation(msgspec.Struct, frozen=True, kw_only=True):
+    """One finished generation as policies and authors see it: aggregates, no dev or sealed item.
+
+    Attributes:
+        lever, algorithm, edit: what was tried; None for the first.
+        outcome: what came of it; ``failed`` covers TrainFailed and AuthorFailed.
+        gate: the gate's figures on dev.
+        train: landscape over train; ``train_event`` is the id of the event that holds it.
+    """
+
+    generation: int
+    parent: int | None
+    lever: Literal["harness", "weights"] | None
+    algorithm: str | None
+    edit: str | None
+    outcome: Literal["promoted", "rejected", "failed"]
+    reason: str = ""
+    gate: GateFigures | None = None
+    gate_event: str | None = None
+    train: RewardLandscape | None = None
+    train_event: str | None = None
+    dev: RewardLandscape | None = None
+    dev_event: str | None = None
+
+
+class AlgorithmInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """An installed algorithm, as a policy sees it."""
+
+    name: str
+    version: str
+    requires: tuple[Requirement, ...]
+    params: dict[str, Any]
+
+
+class PolicyInput(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that a lever choice may depend on; all of it is in the log.
+
+    Attributes:
+        generation: the one to be chosen.
+        best: generation of the promoted candidate.
+        logprobs: whether the engine gives behaviour log-probabilities.
+    """
+
+    generation: int
+    max_generations: int
+    levers: tuple[Literal["harness", "weights"], ...]
+    history: tuple[Generation, ...]
+    best: int
+    algorithms: tuple[AlgorithmInfo, ...]
+    logprobs: bool = True
+    edits_left: int | None = None
+
+
+class Policy(Protocol):
+    """Chooses the lever and the algorithm."""
+
+    name: str
+    version: str
+
+    def step(self, given: PolicyInput, results: Sequence[CallResult]) -> Call | LeverDecision:
+        """Pure: the next call, or the decision, given the results of all earlier calls."""
+        ...
+
+
+class TrainEvidence(msgspec.Struct, frozen=True, kw_only=True):
+    """One train trajectory as an author sees it."""
+
+    example: Example
+    truth: str
+    answer: str | None
+    error: str | None
+    reward: float | None
+
+
+class AuthorInput(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that an edit may depend on: the promoted harness, what was tried, train items in full."""
+
+    generation: int
+    seed: int
+    description: str
+    max_answer_tokens: int
+    harness: Harness
+    history: tuple[Generation, ...]
+    tried: tuple[str, ...]
+    train: tuple[Example, ...]
+    answers: dict[str, str]
+    evidence: tuple[TrainEvidence, ...]
+
+
+class HarnessEdit(msgspec.Struct, frozen=True, kw_only=True):
+    """A new harness and what was done to the old one."""
+
+    files: dict[str, str]
+    edit: str
+
+
+class NoEdit(msgspec.Struct, frozen=True, kw_only=True):
+    """The author has nothing more to try."""
+
+    reason: str
+
+
+class Author(Protocol):
+    """Writes harnesses."""
+
+    name: str
+    version: str
+
+    def step(self, given: AuthorInput, results: Sequence[CallResult]) -> Call | HarnessEdit | NoEdit:
+        """Pure: the next call, or the edit, given the results of all earlier calls."""
+        ...
+
+    def edits_left(self, harness: Harness, tried: Sequence[str]) -> int | None:
+        """How many edits of ``harness`` are untried; None if that cannot be said."""
+        ...

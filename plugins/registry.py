@@ -1,0 +1,82 @@
+"""What plugins register, by kind and name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+from bascule.plugins.algorithm import Algorithm
+from bascule.plugins.engine import EngineFactory
+from bascule.plugins.policy import Author, Policy
+from bascule.plugins.task import TaskFactory
+from bascule.schemas.errors import ConfigError, PluginError
+
+T = TypeVar("T")
+
+
+class Kind(Generic[T]):
+    """The registered objects of one kind."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.items: dict[str, T] = {}
+        self.owners: dict[str, str] = {}
+        self.versions: dict[str, str] = {}
+
+    def add(self, name: str, item: T, *, owner: str, version: str) -> None:
+        """Register ``item``.
+
+        Raises:
+            PluginError: the name is taken; names both owners.
+        """
+        if name in self.items:
+            raise PluginError(
+                f"Two plugins register the {self.name} {name!r}: {self.owners[name]} and {owner}.",
+                next_step="Uninstall one of them, or block it with BASCULE_PLUGINS.",
+            )
+        self.items[name] = item
+        self.owners[name] = owner
+        self.versions[name] = version
+
+    def get(self, name: str) -> T:
+        """Look up by name.
+
+        Raises:
+            ConfigError: unknown; lists what there is.
+        """
+        try:
+            return self.items[name]
+        except KeyError:
+            known = ", ".join(sorted(self.items)) or "none"
+            raise ConfigError(f"There is no {self.name} {name!r}.", next_step=f"Known: {known}.") from None
+
+
+class Registry:
+    """Collects what plugins register. The loader sets ``owner`` while a plugin's hook runs."""
+
+    def __init__(self) -> None:
+        self.owner = "bascule"
+        self.algorithms: Kind[Algorithm] = Kind("algorithm")
+        self.tasks: Kind[TaskFactory] = Kind("task")
+        self.policies: Kind[Callable[[dict[str, Any]], Policy]] = Kind("policy")
+        self.authors: Kind[Callable[[dict[str, Any]], Author]] = Kind("author")
+        self.engines: Kind[EngineFactory] = Kind("engine")
+
+    @property
+    def kinds(self) -> tuple[Kind[Any], ...]:
+        return (self.algorithms, self.tasks, self.policies, self.authors, self.engines)
+
+    def algorithm(self, item: Algorithm) -> None:
+        self.algorithms.add(item.name, item, owner=self.owner, version=item.version)
+
+    def task(self, name: str, factory: TaskFactory, *, version: str) -> None:
+        self.tasks.add(name, factory, owner=self.owner, version=version)
+
+    def policy(self, name: str, factory: Callable[[dict[str, Any]], Policy], *, version: str) -> None:
+        self.policies.add(name, factory, owner=self.owner, version=version)
+
+    def author(self, name: str, factory: Callable[[dict[str, Any]], Author], *, version: str) -> None:
+        self.authors.add(name, factory, owner=self.owner, version=version)
+
+    def engine(self, name: str, factory: EngineFactory, *, version: str) -> None:
+        self.engines.add(name, factory, owner=self.owner, version=version)

@@ -1,0 +1,115 @@
+"""The task protocol: what is asked, what counts as right, and who may see which."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from bascule.schemas.events import Split
+from bascule.schemas.trajectory import Verdict
+
+
+class Example(msgspec.Struct, frozen=True, kw_only=True):
+    """A question as agents see it.
+
+    Attributes:
+        id: unique in the task; may come from a foreign data set.
+        group: examples of one group never straddle splits.
+        input: what the harness gets; ``question`` is its text form.
+    """
+
+    id: str
+    group: str
+    input: dict[str, Any]
+
+
+class PublicFace(msgspec.Struct, frozen=True, kw_only=True):
+    """What levers and agents may see: the specification, train items with answers, dev and sealed questions.
+
+    Attributes:
+        description: what the task is, for people and authors.
+        answers: train answers by example id, as the text a perfect agent would give.
+        max_answer_tokens: how long an answer can be.
+        source, licence: where the data comes from.
+    """
+
+    name: str
+    version: str
+    description: str
+    train: tuple[Example, ...]
+    answers: dict[str, str]
+    dev: tuple[Example, ...]
+    sealed: tuple[Example, ...]
+    max_answer_tokens: int
+    source: str
+    licence: str
+
+    def split(self, name: Split) -> tuple[Example, ...]:
+        return {"train": self.train, "dev": self.dev, "sealed": self.sealed}[name]
+
+
+class PrivateFace(Protocol):
+    """The answers of dev and sealed, and the scorer. Only the scoring process opens it."""
+
+    def score(self, split: Split, example: str, answer: str | None) -> Verdict:
+        """Score one answer; ``None`` is an episode without an answer and scores as a failure, not as Unscored."""
+        ...
+
+
+class Baseline(msgspec.Struct, frozen=True, kw_only=True):
+    """What anyone reaches without a model: a constant, or a simple rule.
+
+    Attributes:
+        answers: for each split, the answer given to each example id.
+    """
+
+    name: str
+    answers: dict[str, dict[str, str]]
+
+
+class Task(Protocol):
+    """A task.
+
+    Attributes:
+        name: as given to ``--task``.
+        summary: one line for listings.
+    """
+
+    name: str
+    summary: str
+
+    def public(self) -> PublicFace:
+        """Load the public face.
+
+        Raises:
+            BasculeError: the data cannot be had, with the next step.
+        """
+        ...
+
+    def private(self) -> PrivateFace:
+        """Open the private face; called in the scoring process only."""
+        ...
+
+    def harness(self) -> dict[str, str]:
+        """Files of the first harness: the task's specification and reference code. Plain, and knows no answers."""
+        ...
+
+    def tools(self) -> Mapping[str, Callable[[dict[str, Any]], Awaitable[str]]]:
+        """Tools that harnesses of this task may call, by name."""
+        ...
+
+    def baselines(self, public: PublicFace) -> Sequence[Baseline]:
+        """Constant and rule baselines, made from the public face alone."""
+        ...
+
+    def defaults(self) -> dict[str, Any]:
+        """Run configuration that suits the task (``RunConfig`` fields as plain values); the user's values win."""
+        ...
+
+
+class TaskFactory(Protocol):
+    """Makes a task from its parameters; heavy work belongs into the task's methods."""
+
+    def __call__(self, params: dict[str, Any]) -> Task: ...

@@ -1,0 +1,111 @@
+"""Token trees: sequences that share a prefix are computed once.
+
+The sequences of a batch are merged into a trie whose nodes are tokens. One forward pass over the nodes, with each
+node attending to its ancestors only and standing at the position of its depth, gives every sequence the hidden states
+that it would have alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """A trie in an order in which parents stand before children.
+
+    Attributes:
+        tokens: [N] token ids.
+        positions: [N] depth of each node, the root's children at 0.
+        parents: [N] index of the parent, -1 at depth 0.
+        paths: for each sequence, in the order given, the node of each of its tokens.
+    """
+
+    tokens: Ids
+    positions: Ids
+    parents: Ids
+    paths: tuple[Ids, ...]
+
+    def ancestors(self) -> npt.NDArray[np.bool_]:
+        """[N, N] mask; row i is true at i and at the ancestors of i."""
+        n = len(self.tokens)
+        mask = np.zeros((n, n), dtype=np.bool_)
+        for i, parent in enumerate(self.parents):
+            if parent >= 0:
+                mask[i] = mask[parent]
+            mask[i, i] = True
+        return mask
+
+
+def build_tree(sequences: Sequence[Sequence[int]]) -> TokenTree:
+    """Merge sequences of token ids into one trie.
+
+    Raises:
+        ValueError: a sequence is empty.
+    """
+    tokens: list[int] = []
+    positions: list[int] = []
+    parents: list[int] = []
+    children: dict[tuple[int, int], int] = {}
+    paths: list[Ids] = []
+    for sequence in sequences:
+        if not len(sequence):
+            raise ValueError("an empty sequence has no place in a token tree")
+        node = -1
+        path = np.empty(len(sequence), dtype=np.int64)
+        for depth, token in enumerate(sequence):
+            key = (node, int(token))
+            child = children.get(key)
+            if child is None:
+                child = children[key] = len(tokens)
+                tokens.append(int(token))
+                positions.append(depth)
+                parents.append(node)
+            node = child
+            path[depth] = node
+        paths.append(path)
+    return TokenTree(
+        np.asarray(tokens, dtype=np.int64),
+        np.asarray(positions, dtype=np.int64),
+        np.asarray(parents, dtype=np.int64),
+        tuple(paths),
+    )
+
+
+def shared_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """Length of the longest prefix that all sequences share."""
+    if not sequences:
+        return 0
+    first, last = min(sequences), max(sequences)
+    n = 0
+    for a, b in zip(first, last, strict=False):
+        if a != b:
+            break
+        n += 1
+    return n
+
+
+def pack(sequences: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:
+    """Split into runs of indices whose trees hold at most ``budget`` nodes (a longer sequence stands alone).
+
+    Sequences are taken in lexicographic order, in which neighbours share the most; yields indices into ``sequences``.
+    """
+    order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
+    chosen: list[int] = []
+    size = 0
+    for i in order:
+        shared = shared_prefix((sequences[chosen[-1]], sequences[i])) if chosen else 0
+        new = len(sequences[i]) - shared
+        if chosen and size + new > budget:
+            yield chosen
+            chosen, size, new = [], 0, len(sequences[i])
+        chosen.append(i)
+        size += new
+    if chosen:
+        yield chosen
