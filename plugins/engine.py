@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,8 +23,8 @@ class SampleRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         trajectory: who asks, ``<evaluation>-<position>-n<sample>``; a cassette looks its answer up by it.
-        call: ordinal of the call within the trajectory.
-        prompt_ids: the exact prompt.
+        call: ordinal of the model call within the trajectory.
+        prompt: chat messages, or the text of a raw completion.
         n: number of samples.
         sampling: temperature, token limit, stop strings.
         seed: the answer depends on it and on the prompt alone, up to floating-point differences between batch shapes.
@@ -33,11 +33,24 @@ class SampleRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     trajectory: str
     call: int
-    prompt_ids: tuple[int, ...]
+    prompt: tuple[Message, ...] | str
     n: int
     sampling: Sampling
     seed: int
     adapter: str | None = None
+
+
+def asked(request: SampleRequest) -> str:
+    """Digest of what a request asks: prompt, number of samples, sampling. Compared before an answer is given."""
+    text = msgspec.json.encode((request.prompt, request.n, request.sampling), order="sorted")
+    return hashlib.blake2b(text, digest_size=8).hexdigest()
+
+
+class Sampled(msgspec.Struct, frozen=True, kw_only=True):
+    """The exact prompt that the model saw, and the outputs in order."""
+
+    prompt_ids: tuple[int, ...]
+    outputs: tuple[Output, ...]
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,20 +75,12 @@ class Engine(Protocol):
 
     async def close(self) -> None: ...
 
-    def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Token ids of a chat prompt, the generation prompt included."""
-        ...
-
-    def encode_text(self, text: str) -> tuple[int, ...]:
-        """Token ids of a raw completion prompt."""
-        ...
-
     async def load_adapter(self, name: str, folder: Path) -> None:
         """Make a LoRA adapter (PEFT's layout) available under ``name`` without a restart; idempotent by name."""
         ...
 
-    async def sample(self, request: SampleRequest) -> Sequence[Output]:
-        """Sample ``request.n`` outputs, in order. Concurrent calls are batched.
+    async def sample(self, request: SampleRequest) -> Sampled:
+        """Sample ``request.n`` outputs. Concurrent calls are batched.
 
         Raises:
             EngineError: the adapter is unknown, or the prompt is longer than the model's context.

@@ -12,7 +12,7 @@ import msgspec
 
 from bascule.schemas.decision import Evidence, Lever, Option
 from bascule.schemas.landscape import Interval, Measured, RewardLandscape
-from bascule.schemas.run import PluginPin, RunConfig
+from bascule.schemas.run import PluginChoice, PluginPin, RunConfig
 from bascule.schemas.trajectory import EpisodeError, Sampling, Trajectory, Verdict
 
 Kind = Literal["command", "decision", "outcome"]
@@ -124,7 +124,7 @@ class EpisodesRequested(Data, frozen=True, kw_only=True):
     seed: int
     harness: str
     adapter: str | None = None
-    engine: str | None = None
+    engine: PluginChoice | None = None
 
 
 class TrajectoryLogged(Data, frozen=True, kw_only=True):
@@ -157,11 +157,7 @@ class TrajectoryScored(Data, frozen=True, kw_only=True):
 
 
 class EvaluationCompleted(Data, frozen=True, kw_only=True):
-    """All trajectories of an evaluation are scored.
-
-    Attributes:
-        baselines: score of each constant or simple rule on the same examples, where the task has them.
-    """
+    """All trajectories of an evaluation are scored."""
 
     TYPE = "bascule.evaluation.completed"
     KIND = "decision"
@@ -299,8 +295,8 @@ class AdapterCheckpointed(Data, frozen=True, kw_only=True):
 
     Attributes:
         adapter: its name, ``g04-i007``.
-        weights: the adapter as safetensors, with PEFT's configuration in the metadata.
-        state: optimiser and controller state, to continue from.
+        files: the adapter in PEFT's layout, by file name; ``sha256`` is over all of them.
+        state: adapter, optimiser and counters, to continue from. Of a job only the newest checkpoint's blobs are kept.
         metrics: loss, kl, clip_fraction, entropy, ess, grad_norm, trained_tokens, reward, ...
     """
 
@@ -309,7 +305,8 @@ class AdapterCheckpointed(Data, frozen=True, kw_only=True):
     iteration: int
     attempt: int
     adapter: str
-    weights: BlobRef
+    files: dict[str, BlobRef]
+    sha256: str
     state: BlobRef
     data_digest: str
     metrics: dict[str, float]
@@ -323,7 +320,8 @@ class AdapterPublished(Data, frozen=True, kw_only=True):
     KIND = "decision"
     generation: int
     adapter: str
-    weights: BlobRef
+    files: dict[str, BlobRef]
+    sha256: str
     parent_adapter: str | None
     iterations: int
 

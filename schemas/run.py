@@ -51,9 +51,9 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
         levers: which levers the policy may pull.
         max_generations: lever choices after the first harness; then the run stops.
         algorithms: parameters by algorithm name, over the algorithm's and the task's defaults.
+        shard_size: examples in one unit of rollout work.
+        concurrency: harness processes at one time on each rollout worker.
         threads: compute threads of the model; 0 leaves it to the machine.
-        base_model: digest of the base model's weights; recorded at start.
-        plugins: version and hash of every plugin that the run uses; recorded at start.
     """
 
     task: PluginChoice
@@ -68,6 +68,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
     gate: GateConfig = GateConfig()
     algorithms: dict[str, dict[str, Any]] = {}
     shard_size: Annotated[int, msgspec.Meta(ge=1, le=32)] = 32
+    concurrency: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64
     threads: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
 
 

@@ -75,9 +75,10 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ModelCall(msgspec.Struct, frozen=True, kw_only=True, tag="model", omit_defaults=True):
-    """One call of an episode to the model."""
+    """One call of an episode to the model; ``asked`` is the digest of what was asked, see the cassette engine."""
 
     kind: Literal["chat", "completion"]
+    asked: str
     prompt_ids: bytes
     outputs: tuple[Output, ...]
     sampling: Sampling

@@ -1,0 +1,281 @@
+"""Start, resume and serve runs: what the commands ``run``, ``resume``, ``ablate`` and ``serve`` do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from bascule.plugins.loader import Plugins, code_hash, plugins
+from bascule.runtime.cli.store import Store
+from bascule.runtime.runner import Service, View, serve
+from bascule.runtime.services.catalog import SERVICES
+from bascule.runtime.world import World, merged, task_digest
+from bascule.schemas import subjects
+from bascule.schemas.envelope import Draft, Producer, Recorded
+from bascule.schemas.errors import BasculeError, ConfigError, NotFound
+from bascule.schemas.events import AblationRequested, RunCancelled, RunCompleted, RunPaused, RunResumed, RunStarted
+from bascule.schemas.run import RunConfig, parse_config
+
+Listener = Callable[[Recorded], None]
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """The errors inside a group, however deep; the error itself if it is none."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from leaves(inner)
+    else:
+        yield error
+
+
+@cache
+def _code() -> str:
+    return code_hash()
+
+
+def producer(service: str) -> Producer:
+    """Who this process is, as recorded in events."""
+    return Producer(service=service, version=version("bascule"), hash=_code())
+
+
+def configure(given: dict[str, Any], overrides: Sequence[str], loaded: Plugins) -> RunConfig:
+    """The run's configuration: the task's defaults, then the user's values.
+
+    Raises:
+        ConfigError: an unknown task, plugin, field or value.
+    """
+    base = {k: v for k, v in given.items() if v is not None}
+    for item in overrides:
+        base = merged(base, _override(item))
+    if isinstance(base.get("task"), str):
+        base["task"] = {"name": base["task"]}
+    task = loaded.registry.tasks.get(str(base["task"]["name"]))(base["task"].get("params", {}))
+    return parse_config(merged(task.defaults(), base))
+
+
+def _override(item: str) -> dict[str, Any]:
+    import msgspec
+
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {item!r} is not KEY=VALUE.", next_step="For example --set gate.alpha=0.01.")
+    try:
+        value: Any = msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        value = text
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def preflight(config: RunConfig, loaded: Plugins) -> RunStarted:
+    """Check everything that can be checked before anything is recorded or spent, and pin it.
+
+    Raises:
+        BasculeError: a plugin, the task's data or the model is not there or not usable.
+    """
+    world = World(loaded, config)
+    registry = loaded.registry
+    engine = registry.engines.get(config.engine.name)(config.model, config.engine.params)
+    del engine
+    _ = world.policy, world.author, world.algorithms
+    public = world.public
+    for choice in (config.task, config.policy, config.author):
+        if not isinstance(choice.params, dict):
+            raise ConfigError("Parameters of a plugin are given by name.")
+    digest = ""
+    if config.engine.name == "transformers" or "weights" in config.levers:
+        from bascule.trainers.base_model import model_digest, resolve_model
+
+        digest = model_digest(resolve_model(config.model))
+    return RunStarted(
+        config=config,
+        task_version=public.version,
+        task_digest=task_digest(public),
+        train=len(world.positions("train")),
+        dev=len(world.positions("dev")),
+        sealed=len(world.positions("sealed")),
+        model_digest=digest,
+        plugins=world.pins(),
+    )
+
+
+async def free_run_id(store: Store, task: str) -> str:
+    """The first unused ``<task>-<number>``."""
+    taken = {r async for r in store.runs()}
+    stem = subjects.token(task.replace(":", "-").lower())
+    number = 1
+    while f"{stem}-{number}" in taken:
+        number += 1
+    return f"{stem}-{number}"
+
+
+def view_of(store: Store, run: str, listeners: Sequence[Listener] = (), *, fresh: bool | None = None) -> View:
+    """A view of one run, logging to ``<home>/runs/<run>/services.jsonl``."""
+    folder = store.home / "runs" / run
+    folder.mkdir(parents=True, exist_ok=True)
+    view = View(
+        store.log,
+        store.blobs,
+        plugins(),
+        run,
+        producer,
+        home=store.home,
+        fresh=store.owner if fresh is None else fresh,
+        logger=service_log(folder / "services.jsonl", run),
+    )
+    view.listeners.extend(listeners)
+    return view
+
+
+def service_log(path: Path, run: str) -> Any:
+    """A structured log: one JSON object a line, in append mode, so that it survives a kill."""
+    file = path.open("a", encoding="utf-8", buffering=1)
+    logger = structlog.wrap_logger(
+        structlog.WriteLogger(file),
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.dict_tracebacks,
+            structlog.processors.JSONRenderer(),
+        ],
+    )
+    return logger.bind(run=run)
+
+
+async def start(store: Store, run: str, started: RunStarted) -> None:
+    """Record the run's start.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+    subjects.token(run)
+    if await store.log.head(f"bascule.{run}.>"):
+        raise ConfigError(
+            f"There is a run {run!r} already.", next_step=f"`bascule resume {run}` goes on with it; or use another --run-id."
+        )
+    draft = Draft(subject=subjects.run_started(run), step=0, data=started)
+    await view_of(store, run).append("cli", [draft])
+
+
+async def resume(store: Store, run: str) -> bool:
+    """Lift a pause, if there is one. Returns whether the run has anything left to do."""
+    await store.events(run)
+    view = view_of(store, run)
+    async for event in store.log.read(f"bascule.{run}.>"):
+        view.state.apply(event)
+    if view.state.end is not None:
+        return view.state.active
+    if view.state.paused is not None:
+        subject = subjects.run_resumed(run, view.state.pauses)
+        await view.append("cli", [Draft(subject=subject, step=0, data=RunResumed())])
+    return True
+
+
+async def end(store: Store, run: str, *, cancel: bool, reason: str) -> None:
+    """Pause or cancel a run.
+
+    Raises:
+        NotFound: there is no such run; ConfigError: it has ended already.
+    """
+    view = view_of(store, run)
+    for event in await store.events(run):
+        view.state.apply(event)
+    if view.state.end is not None:
+        raise ConfigError(f"The run {run} has ended already.", next_step=f"`bascule status {run}` shows how.")
+    if cancel:
+        draft = Draft(subject=subjects.run_end(run), step=0, data=RunCancelled(reason=reason))
+    elif view.state.paused is not None:
+        return
+    else:
+        draft = Draft(subject=subjects.run_paused(run, view.state.pauses + 1), step=0, data=RunPaused(reason=reason))
+    await view.append("cli", [draft])
+
+
+async def work(store: Store, run: str, listeners: Sequence[Listener]) -> None:
+    """Serve a run with all five services until it needs nothing more."""
+    await serve(view_of(store, run, listeners), list(SERVICES.values()))
+
+
+async def watch(store: Store, run: str, listeners: Sequence[Listener]) -> None:
+    """Follow a run that other processes serve, until it needs nothing more."""
+    await view_of(store, run, listeners).follow([])
+
+
+async def request_ablations(store: Store, run: str) -> str:
+    """Ask for the two ablations of a completed run; asking again is harmless. Returns the constant answer.
+
+    Raises:
+        ConfigError: the run is not completed, or promoted no adapter.
+    """
+    view = view_of(store, run)
+    for event in await store.events(run):
+        view.state.apply(event)
+    state = view.state
+    if not isinstance(state.end, RunCompleted):
+        raise ConfigError(f"The run {run} is not completed.", next_step=f"`bascule resume {run}` goes on with it.")
+    assert state.started is not None
+    from bascule.runtime.world import world_of
+
+    world = world_of(plugins(), state.started)
+    answer = best_constant(world)
+    best = state.end.best
+    arms: list[AblationRequested] = [
+        AblationRequested(name="constant", arm="constant-engine", generation=best, answer=answer)
+    ]
+    if state.candidate(best).adapter is not None:
+        arms.append(AblationRequested(name="no-adapter", arm="no-adapter", generation=best))
+    for arm in arms:
+        await view.append("cli", [Draft(subject=subjects.ablation_requested(run, arm.name), step=best, data=arm)])
+    return answer
+
+
+def best_constant(world: World) -> str:
+    """The answer that is right most often on train; the first in order among equals."""
+    answers = list(world.public.answers.values())
+    if not answers:
+        raise NotFound(f"The task {world.task.name} has no train answers.")
+    return max(sorted(set(answers)), key=answers.count)
+
+
+async def serve_forever(store: Store, service: str, only: str | None, say: Callable[[str], None]) -> None:
+    """Serve one service for every run of the log, each run on its own; a failing run does not stop the others.
+
+    Raises:
+        ConfigError: there is no such service.
+    """
+    if service not in SERVICES:
+        raise ConfigError(f"There is no service {service!r}.", next_step=f"Known: {', '.join(SERVICES)}.")
+    found: Service = SERVICES[service]
+
+    async def one(run: str) -> None:
+        delay = 1.0
+        while not await attempt(run, delay):
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, 60.0)
+
+    async def attempt(run: str, delay: float) -> bool:
+        view = view_of(store, run, fresh=False)
+        try:
+            await serve(view, [found])
+            say(f"{run}: done")
+        except* (BasculeError, OSError) as errors:
+            text = "; ".join(str(e) for e in leaves(errors))
+            view.logger.exception("service.failed", service=service)
+            say(f"{run}: {text} Trying again in {delay:.0f} s.")
+        else:
+            return True
+        return False
+
+    pattern = f"bascule.{subjects.token(only) if only else '*'}.run.run.started"
+    async with asyncio.TaskGroup() as group:
+        async for event in store.log.follow(pattern):
+            say(f"{event.envelope.run}: serving {service}")
+            group.create_task(one(event.envelope.run))

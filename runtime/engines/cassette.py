@@ -1,0 +1,77 @@
+"""An engine that replays recorded answers, keyed by trajectory and call.
+
+A cassette is a file of TrajectoryLogged events, one payload a line, as ``bascule log RUN --type trajectory.logged
+--json`` prints them. Real batched sampling is not bit-equal across batch shapes; recorded answers are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bascule.plugins.engine import Engine, EngineInfo, Sampled, SampleRequest, asked
+from bascule.schemas.codec import decode
+from bascule.schemas.errors import ConfigError, EngineError
+from bascule.schemas.events import TrajectoryLogged
+from bascule.schemas.trajectory import ModelCall, unpack_ids
+
+
+class CassetteEngine:
+    """Answers from a recording; refuses what the recording does not hold, or holds for another question."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._calls: dict[tuple[str, int], ModelCall] = {}
+
+    async def start(self) -> EngineInfo:
+        digest = hashlib.blake2b(digest_size=16)
+        with self._path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                digest.update(line)
+                payload = line.rstrip(b"\n")
+                subject = msgspec.json.decode(payload, type=_Subject).subject
+                data = decode(number, subject, payload).data
+                if isinstance(data, TrajectoryLogged) and data.body is not None:
+                    calls = [s for s in data.body.steps if isinstance(s, ModelCall)]
+                    self._calls |= {(data.trajectory, i): c for i, c in enumerate(calls)}
+        return EngineInfo(name="cassette", model=str(self._path), model_digest=digest.hexdigest())
+
+    async def close(self) -> None:
+        pass
+
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        del name, folder
+
+    async def sample(self, request: SampleRequest) -> Sampled:
+        call = self._calls.get((request.trajectory, request.call))
+        if call is None:
+            raise EngineError(
+                f"The cassette {self._path} holds no answer for call {request.call} of {request.trajectory}.",
+                next_step="Record a run with the same configuration.",
+            )
+        if call.asked != asked(request):
+            raise EngineError(
+                f"The cassette {self._path} holds another question under call {request.call} of {request.trajectory}.",
+                next_step="Record a run with the same configuration.",
+            )
+        return Sampled(prompt_ids=tuple(unpack_ids(call.prompt_ids)), outputs=call.outputs)
+
+
+class _Subject(msgspec.Struct):
+    subject: str
+
+
+def make(model: str, params: dict[str, Any]) -> Engine:
+    """``params["path"]`` is the recording.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    del model
+    path = Path(str(params.get("path", "")))
+    if not path.is_file():
+        raise ConfigError(f"There is no cassette {str(path)!r}.", next_step="Set engine.path to a recording.")
+    return CassetteEngine(path)

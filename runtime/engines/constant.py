@@ -1,0 +1,42 @@
+"""An engine that always answers the same: what a harness reaches without a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bascule.plugins.engine import Engine, EngineInfo, Sampled, SampleRequest
+from bascule.schemas.errors import ConfigError
+from bascule.schemas.trajectory import Output
+
+
+class ConstantEngine:
+    """Answers every request with ``text``; has no tokens and no log-probabilities."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    async def start(self) -> EngineInfo:
+        return EngineInfo(name="constant", model="constant", model_digest="")
+
+    async def close(self) -> None:
+        pass
+
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        del name, folder
+
+    async def sample(self, request: SampleRequest) -> Sampled:
+        output = Output(token_ids=b"", logprobs=b"", text=self._text)
+        return Sampled(prompt_ids=(), outputs=(output,) * request.n)
+
+
+def make(model: str, params: dict[str, Any]) -> Engine:
+    """``params["text"]`` is the answer.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    del model
+    if not isinstance(params.get("text"), str):
+        raise ConfigError("The engine constant needs the parameter text.", next_step="Set engine.text to the answer.")
+    return ConstantEngine(params["text"])

@@ -1,0 +1,166 @@
+"""One runner for all services: subscription, fold, decisions, appends, effects, drain.
+
+The same code decides live and after a crash. Every event is folded and handed to each service's ``decide``; what is
+decided but not in the log once the log has been read to its end is appended then. So a crash between a trigger and its
+consequence costs nothing, and replay is the same pass without the appends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import structlog
+
+from bascule.plugins.loader import Plugins
+from bascule.runtime.log.blobs import BlobStore
+from bascule.runtime.log.protocol import EventLog, Fence, NewEvent
+from bascule.runtime.state import RunState
+from bascule.runtime.world import World, world_of
+from bascule.schemas import codec
+from bascule.schemas.envelope import Draft, Producer, Recorded
+from bascule.schemas.errors import NotFound
+from bascule.schemas.events import RunStarted
+
+Decide = Callable[[RunState, Recorded, World], list[Draft]]
+
+
+class Effects(Protocol):
+    """The effects of one service on one run."""
+
+    async def run(self, view: View) -> None:
+        """Work until cancelled, which happens when the run needs nothing more."""
+        ...
+
+
+@dataclass(frozen=True)
+class Service:
+    """A service: a name, a pure ``decide``, and effects if it has any."""
+
+    name: str
+    decide: Decide
+    effects: Callable[[], Effects] | None = None
+
+
+class View:
+    """One process's view of one run: its folded state, kept up to date, and the way to append to it.
+
+    Args:
+        fresh: deliver shared work again at once instead of waiting for the leases of workers that are gone; only right
+            where no other process serves the run.
+    """
+
+    def __init__(
+        self,
+        log: EventLog,
+        blobs: BlobStore,
+        plugins: Plugins,
+        run: str,
+        producer: Callable[[str], Producer],
+        *,
+        home: Path,
+        fresh: bool,
+        logger: Any = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.log = log
+        self.blobs = blobs
+        self.plugins = plugins
+        self.run = run
+        self.home = home
+        self.fresh = fresh
+        self.clock = clock
+        self.logger = logger if logger is not None else structlog.get_logger()
+        self.state = RunState(run=run)
+        self.listeners: list[Callable[[Recorded], None]] = []
+        self._producer = producer
+        self._world: World | None = None
+        self._changed = asyncio.Condition()
+        self._version = 0
+        self._caught_up = asyncio.Event()
+
+    @property
+    def world(self) -> World:
+        assert self._world is not None
+        return self._world
+
+    async def append(self, service: str, drafts: Sequence[Draft], *, fence: Fence | None = None) -> list[Recorded]:
+        """Encode and append; what is already there is adopted."""
+        now = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+        producer = self._producer(service)
+        new = [
+            NewEvent(
+                subject=d.subject,
+                payload=codec.encode(d, run=self.run, producer=producer, time=now, root=self.state.root),
+            )
+            for d in drafts
+        ]
+        return await self.log.append(new, fence=fence)
+
+    async def ready(self) -> None:
+        """Wait until the log has been read to its end once."""
+        await self._caught_up.wait()
+
+    async def changes(self) -> AsyncIterator[RunState]:
+        """The state, each time that it has moved, skipping what nobody looked at; nothing while the run is paused."""
+        await self.ready()
+        seen = -1
+        while True:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._version > seen and self.state.active)  # noqa: B023
+                seen = self._version
+            yield self.state
+
+    async def until(self, condition: Callable[[RunState], bool]) -> None:
+        """Wait until the folded state satisfies ``condition``."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: condition(self.state))
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._version += 1
+            self._changed.notify_all()
+
+    async def follow(self, services: Sequence[Service]) -> None:
+        """Fold the run's events, decide, and append what follows, until the run needs nothing more."""
+        pattern = f"bascule.{self.run}.>"
+        head = await self.log.head(pattern)
+        if head == 0:
+            raise NotFound(f"There is no run {self.run!r} in this log.", next_step="`bascule status` lists the runs.")
+        decided: dict[str, tuple[str, list[Draft]]] = {}
+        async with contextlib.aclosing(self.log.follow(pattern)) as events:  # type: ignore[type-var]
+            async for event in events:
+                self.state.apply(event)
+                if isinstance(event.data, RunStarted) and self._world is None:
+                    self._world = await asyncio.to_thread(world_of, self.plugins, event.data)
+                decided.pop(event.subject, None)
+                for service in services:
+                    drafts = service.decide(self.state, event, self.world)
+                    if drafts:
+                        decided[drafts[0].subject] = (service.name, drafts)
+                for listener in self.listeners:
+                    listener(event)
+                if event.seq < head:
+                    continue
+                for name, drafts in decided.values():
+                    await self.append(name, drafts)
+                decided.clear()
+                self._caught_up.set()
+                await self._notify()
+                if not self.state.active and self.state.end is not None:
+                    return
+
+
+async def serve(view: View, services: Sequence[Service]) -> None:
+    """Run services on one view until the run needs nothing more; the first failure ends them all."""
+    async with asyncio.TaskGroup() as group:
+        effects = [group.create_task(s.effects().run(view), name=s.name) for s in services if s.effects is not None]
+        await view.follow(services)
+        for task in effects:
+            task.cancel()

@@ -1,0 +1,1 @@
+"""The five services: each decides purely from the log, and performs its own effects."""

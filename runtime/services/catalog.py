@@ -1,0 +1,17 @@
+"""The five services by name."""
+
+from __future__ import annotations
+
+from bascule.runtime.runner import Service
+from bascule.runtime.services import feedback, meta, rollout, trainer, verifier
+
+SERVICES = {
+    s.name: s
+    for s in (
+        Service(meta.NAME, meta.decide),
+        Service(rollout.NAME, rollout.decide, rollout.Rollout),
+        Service(verifier.NAME, verifier.decide, verifier.Verifier),
+        Service(feedback.NAME, feedback.decide),
+        Service(trainer.NAME, trainer.decide, trainer.Trainer),
+    )
+}

@@ -1,0 +1,259 @@
+"""feedback: chooses the lever and the algorithm, writes the next harness, and ends the run."""
+
+from __future__ import annotations
+
+from bascule.plugins.policy import AuthorInput, HarnessEdit, NoEdit, PolicyInput, TrainEvidence
+from bascule.runtime.services import proposals
+from bascule.runtime.state import RunState
+from bascule.runtime.world import World, plain, seed_of
+from bascule.schemas import subjects
+from bascule.schemas.decision import LeverDecision
+from bascule.schemas.envelope import Draft, Recorded
+from bascule.schemas.errors import ConfigError, HarnessError
+from bascule.schemas.events import (
+    AblationRequested,
+    AuthorFailed,
+    CandidatePromoted,
+    CandidateRejected,
+    EvaluationCompleted,
+    HarnessProposed,
+    LeverChosen,
+    RunCompleted,
+    SealedReport,
+    TrainFailed,
+    TrainRequested,
+)
+from bascule.schemas.harness import make_harness
+from bascule.schemas.run import PluginChoice
+from bascule.schemas.trajectory import Scored
+from bascule.verifiers.gate import paired_test
+
+NAME = "feedback"
+
+
+def decide(state: RunState, event: Recorded, world: World) -> list[Draft]:
+    """After a generation: the next lever. After the sealed evaluations: the end. On request: an ablation's episodes."""
+    data, cause = event.data, event.envelope.id
+    match data:
+        case CandidatePromoted() | CandidateRejected() | TrainFailed() | AuthorFailed():
+            return _next_generation(state, world, data.generation + 1, cause)
+        case EvaluationCompleted(purpose="report"):
+            return _complete(state, world, cause)
+        case AblationRequested():
+            return _ablate(state, world, data, cause)
+        case _:
+            return []
+
+
+def policy_input(state: RunState, world: World, generation: int) -> PolicyInput:
+    """What the policy sees; everything in it is folded from the log or pinned by the run."""
+    best = state.best
+    assert best is not None
+    harness = state.harnesses[state.candidate(best).harness]
+    return PolicyInput(
+        generation=generation,
+        max_generations=world.config.max_generations,
+        levers=world.config.levers,
+        history=state.history(),
+        best=best,
+        algorithms=world.algorithms,
+        edits_left=world.author.edits_left(harness, _tried(state, best)),
+    )
+
+
+def _tried(state: RunState, parent: int) -> tuple[str, ...]:
+    """Edits of the parent's harness that were tried and did not replace it."""
+    digest = state.candidate(parent).harness
+    return tuple(
+        s.harness.edit
+        for _, s in sorted(state.steps.items())
+        if s.harness and s.harness.parent == digest and not isinstance(s.gate, CandidatePromoted)
+    )
+
+
+def _next_generation(state: RunState, world: World, generation: int, cause: str) -> list[Draft]:
+    given = policy_input(state, world, generation)
+    decision = world.policy.step(given, ())
+    if not isinstance(decision, LeverDecision):
+        raise ConfigError(
+            f"The policy {world.policy.name} asks for a model or tool call, and this run has no endpoint for one.",
+            next_step="Choose another policy.",
+        )
+    chosen = LeverChosen(
+        generation=generation,
+        lever=decision.lever,
+        algorithm=decision.algorithm,
+        params=plain(decision.params),
+        parent=given.best,
+        policy=world.policy.name,
+        policy_version=world.policy.version,
+        reasons=decision.reasons,
+        options=decision.options,
+        evidence=decision.evidence,
+    )
+    first = Draft(subject=subjects.lever_chosen(state.run, generation), step=generation, cause=cause, data=chosen)
+    if decision.lever == "harness":
+        return [first, *_edit(state, world, generation, given, cause)]
+    if decision.lever == "weights":
+        return [first, _train(state, world, generation, given, decision, cause)]
+    targets = sorted({0, given.best})
+    return [first, *(d for t in targets for d in proposals.sealed(state, world, t, cause))]
+
+
+def _edit(state: RunState, world: World, generation: int, given: PolicyInput, cause: str) -> list[Draft]:
+    parent = state.candidate(given.best)
+    harness = state.harnesses[parent.harness]
+    edit = world.author.step(author_input(state, world, generation), ())
+    subject = subjects.harness_outcome(state.run, generation)
+
+    def failed(reason: str) -> list[Draft]:
+        data = AuthorFailed(generation=generation, author=world.author.name, reason=reason)
+        return [Draft(subject=subject, step=generation, cause=cause, data=data)]
+
+    if isinstance(edit, NoEdit):
+        return failed(edit.reason)
+    if not isinstance(edit, HarnessEdit):
+        return failed(f"The author {world.author.name} asks for a call, and this run has no endpoint for one.")
+    try:
+        new = make_harness(edit.files)
+    except HarnessError as e:
+        return failed(f"The edit {edit.edit!r} is not a usable harness. {e}")
+    proposed = HarnessProposed(
+        generation=generation,
+        digest=new.digest,
+        files=new.files,
+        author=world.author.name,
+        edit=edit.edit,
+        parent=harness.digest,
+    )
+    return [
+        Draft(subject=subject, step=generation, cause=cause, data=proposed),
+        *proposals.candidate(
+            state,
+            world,
+            generation=generation,
+            harness=new.digest,
+            adapter=parent.adapter,
+            parent=given.best,
+            lever="harness",
+            algorithm=None,
+            cause=cause,
+        ),
+    ]
+
+
+def author_input(state: RunState, world: World, generation: int) -> AuthorInput:
+    """What the author sees: train items in full, aggregates of dev, never a dev or sealed item."""
+    best = state.best
+    assert best is not None
+    candidate = state.candidate(best)
+    public = world.public
+    evaluation = state.evaluations[f"g{best:02d}-train"]
+    evidence = []
+    for key in evaluation.keys():
+        example = public.train[key[0]]
+        logged, verdict = evaluation.logged[key], evaluation.verdicts[key]
+        evidence.append(
+            TrainEvidence(
+                example=example,
+                truth=public.answers[example.id],
+                answer=logged.answer,
+                error=logged.error,
+                reward=verdict.reward if isinstance(verdict, Scored) else None,
+            )
+        )
+    return AuthorInput(
+        generation=generation,
+        seed=seed_of(world.config.seed, "author", generation),
+        description=public.description,
+        max_answer_tokens=public.max_answer_tokens,
+        harness=state.harnesses[candidate.harness],
+        history=state.history(),
+        tried=_tried(state, best),
+        train=public.train,
+        answers=public.answers,
+        evidence=tuple(evidence),
+    )
+
+
+def _train(
+    state: RunState, world: World, generation: int, given: PolicyInput, decision: LeverDecision, cause: str
+) -> Draft:
+    info = next((a for a in given.algorithms if a.name == decision.algorithm), None)
+    if info is None:
+        raise ConfigError(
+            f"The policy {world.policy.name} chose the algorithm {decision.algorithm!r}, which is not installed.",
+            next_step="Choose another policy, or install the algorithm.",
+        )
+    parent = state.candidate(given.best)
+    params = {**info.params, **decision.params}
+    on_policy = "on_policy" in info.requires
+    return Draft(
+        subject=subjects.train_requested(state.run, generation),
+        step=generation,
+        cause=cause,
+        data=TrainRequested(
+            generation=generation,
+            algorithm=info.name,
+            algorithm_version=info.version,
+            params=plain(params),
+            iterations=int(params["steps"]) if on_policy else 1,
+            groups=int(params["groups"]),
+            samples=int(params["num_generations"]),
+            temperature=1.0,
+            parent=given.best,
+            harness=parent.harness,
+            adapter=parent.adapter,
+            logged=None if on_policy else f"g{given.best:02d}-train",
+            seed=seed_of(world.config.seed, "train", generation),
+        ),
+    )
+
+
+def _complete(state: RunState, world: World, cause: str) -> list[Draft]:
+    best = state.best
+    assert best is not None
+    before, after = (state.evaluations.get(f"g{g:02d}-sealed") for g in (0, best))
+    if before is None or after is None or before.completed is None or after.completed is None:
+        return []
+    stop = max(n for n, s in state.steps.items() if s.lever is not None)
+    lever = state.steps[stop].lever
+    assert lever is not None
+    test = paired_test(
+        [r[0] for r in after.rewards().values()],
+        [r[0] for r in before.rewards().values()],
+        seed=seed_of(world.config.seed, "sealed"),
+    )
+    sealed = SealedReport(
+        before=before.completed.landscape.score,
+        before_interval=before.completed.landscape.score_interval,
+        after=after.completed.landscape.score,
+        after_interval=after.completed.landscape.score_interval,
+        wins=test.wins,
+        losses=test.losses,
+        p=test.p,
+        n=after.completed.landscape.groups,
+        test=test.test,
+    )
+    data = RunCompleted(best=best, generations=stop - 1, reason="; ".join(lever.reasons), sealed=sealed)
+    return [Draft(subject=subjects.run_end(state.run), step=stop, cause=cause, data=data)]
+
+
+def _ablate(state: RunState, world: World, data: AblationRequested, cause: str) -> list[Draft]:
+    candidate = state.candidate(data.generation)
+    constant = data.arm == "constant-engine"
+    return proposals.episodes(
+        state,
+        world,
+        evaluation=f"abl-{data.name}",
+        purpose="ablation",
+        generation=data.generation,
+        split="sealed",
+        positions=world.positions("sealed"),
+        samples=1,
+        temperature=0.0,
+        harness=candidate.harness,
+        adapter=None,
+        cause=cause,
+        engine=PluginChoice(name="constant", params={"text": data.answer}) if constant else None,
+    )

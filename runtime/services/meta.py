@@ -1,0 +1,43 @@
+"""meta: turns a run's start into its first harness, from the task's specification and reference code."""
+
+from __future__ import annotations
+
+from bascule.runtime.services import proposals
+from bascule.runtime.state import RunState
+from bascule.runtime.world import World
+from bascule.schemas import subjects
+from bascule.schemas.envelope import Draft, Recorded
+from bascule.schemas.errors import HarnessError
+from bascule.schemas.events import HarnessProposed, RunFailed, RunStarted
+from bascule.schemas.harness import make_harness
+
+NAME = "meta"
+
+
+def decide(state: RunState, event: Recorded, world: World) -> list[Draft]:
+    """RunStarted: the first harness, the first candidate and its episodes."""
+    if not isinstance(event.data, RunStarted):
+        return []
+    cause = event.envelope.id
+    try:
+        harness = make_harness(world.task.harness())
+    except HarnessError as e:
+        reason = f"The first harness of the task {world.task.name} is not usable. {e}"
+        return [Draft(subject=subjects.run_end(state.run), step=0, cause=cause, data=RunFailed(service=NAME, reason=reason))]
+    proposed = HarnessProposed(
+        generation=0, digest=harness.digest, files=harness.files, author="reference", edit="reference"
+    )
+    return [
+        Draft(subject=subjects.harness_outcome(state.run, 0), step=0, cause=cause, data=proposed),
+        *proposals.candidate(
+            state,
+            world,
+            generation=0,
+            harness=harness.digest,
+            adapter=None,
+            parent=None,
+            lever=None,
+            algorithm=None,
+            cause=cause,
+        ),
+    ]

@@ -1,0 +1,189 @@
+"""rollout: runs episodes on an inference engine, many at once, and serves adapters."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from bascule.plugins.engine import Engine
+from bascule.runtime.episodes.broker import EpisodeSpec, run_episode
+from bascule.runtime.episodes.pool import HarnessPool
+from bascule.runtime.state import RunState
+from bascule.runtime.world import World, seed_of
+from bascule.schemas import subjects
+from bascule.schemas.codec import INLINE_BYTES
+from bascule.schemas.envelope import Draft, Recorded
+from bascule.schemas.events import AdapterServed, EpisodesRequested, TrajectoryLogged
+from bascule.schemas.landscape import Measured
+from bascule.schemas.run import PluginChoice
+from bascule.schemas.trajectory import ModelCall, Trajectory
+
+if TYPE_CHECKING:
+    from bascule.runtime.log.protocol import WorkItem
+    from bascule.runtime.runner import View
+
+NAME = "rollout"
+SHARDS_IN_FLIGHT = 12
+
+
+def decide(state: RunState, event: Recorded, world: World) -> list[Draft]:
+    """The rollout service decides nothing."""
+    del state, event, world
+    return []
+
+
+class Rollout:
+    """The rollout service's effects: every trajectory of a requested shard, once."""
+
+    name = NAME
+
+    def __init__(self) -> None:
+        self._engines: dict[str, Engine] = {}
+        self._loaded: dict[tuple[str, str], asyncio.Task[None]] = {}
+
+    async def run(self, view: View) -> None:
+        await view.ready()
+        subject = f"bascule.{view.run}.episodes.*.requested"
+        async with contextlib.AsyncExitStack() as stack:
+            pool = HarnessPool(children=view.world.config.concurrency)
+            await pool.start()
+            stack.push_async_callback(pool.close)
+            stack.push_async_callback(self._close)
+            await self._engine(view, None)
+            queue = await view.log.work(view.run, NAME, [subject], fresh=view.fresh)
+            slots = asyncio.Semaphore(SHARDS_IN_FLIGHT)
+            group = await stack.enter_async_context(asyncio.TaskGroup())
+            while True:
+                await slots.acquire()
+                items = await queue.next(1, 1.0)
+                if not items:
+                    slots.release()
+                for item in items:
+                    group.create_task(self._shard(view, pool, item)).add_done_callback(lambda _: slots.release())
+
+    async def _close(self) -> None:
+        for engine in self._engines.values():
+            await engine.close()
+
+    async def _engine(self, view: View, choice: PluginChoice | None) -> Engine:
+        config = view.world.config
+        choice = choice or config.engine
+        key = msgspec.json.encode(choice, order="sorted").decode()
+        if key not in self._engines:
+            params = {"threads": config.threads, **choice.params} if choice == config.engine else choice.params
+            engine = view.plugins.registry.engines.get(choice.name)(config.model, params)
+            self._engines[key] = engine
+            info = await engine.start()
+            view.logger.info("engine.started", engine=info.name, model=info.model, versions=info.versions)
+        return self._engines[key]
+
+    async def _serve_adapter(self, view: View, engine: Engine, adapter: str) -> None:
+        """Load an adapter once, and record that before the first episode runs with it."""
+        key = (adapter, str(id(engine)))
+        if key not in self._loaded:
+            self._loaded[key] = asyncio.create_task(self._load(view, engine, adapter))
+        await asyncio.shield(self._loaded[key])
+
+    async def _load(self, view: View, engine: Engine, adapter: str) -> None:
+        await view.until(lambda s: adapter in s.adapters)
+        found = view.state.adapters[adapter]
+        with tempfile.TemporaryDirectory(dir=view.home, prefix="adapter-") as folder:
+            for name, ref in found.files.items():
+                data = await asyncio.to_thread(view.blobs.get, ref)
+                await asyncio.to_thread((Path(folder) / name).write_bytes, data)
+            await engine.load_adapter(served_name(view.run, adapter), Path(folder))
+        if adapter not in view.state.served:
+            served = AdapterServed(adapter=adapter, sha256=found.sha256, engine=view.world.config.engine.name)
+            subject = subjects.adapter_served(view.run, adapter)
+            await view.append(NAME, [Draft(subject=subject, step=int(adapter[1:3]), data=served)])
+
+    async def _shard(self, view: View, pool: HarnessPool, item: WorkItem) -> None:
+        request = item.event.data
+        assert isinstance(request, EpisodesRequested)
+        await view.until(lambda s: s.seq >= item.event.seq)
+        evaluation = view.state.evaluations[request.evaluation]
+        missing = [
+            (position, example, sample)
+            for position, example in zip(request.positions, request.examples, strict=True)
+            for sample in range(request.samples)
+            if (position, sample) not in evaluation.logged
+        ]
+        if missing:
+            engine = await self._engine(view, request.engine)
+            if request.adapter is not None:
+                await self._serve_adapter(view, engine, request.adapter)
+            heartbeat = asyncio.create_task(_heartbeat(item))
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for position, example, sample in missing:
+                        group.create_task(self._episode(view, pool, engine, item.event, position, example, sample))
+            finally:
+                heartbeat.cancel()
+        await item.done()
+
+    async def _episode(
+        self, view: View, pool: HarnessPool, engine: Engine, cause: Recorded, position: int, example: str, sample: int
+    ) -> None:
+        request = cause.data
+        assert isinstance(request, EpisodesRequested)
+        name = subjects.trajectory_id(request.evaluation, position, sample)
+        harness = view.state.harnesses[request.harness]
+        public = view.world.public
+        adapter = served_name(view.run, request.adapter) if request.adapter else None
+        spec = EpisodeSpec(
+            trajectory=name,
+            harness=harness,
+            example=public.split(request.split)[position].input,
+            sampling=request.sampling,
+            seed=seed_of(request.seed, position, sample),
+            adapter=adapter,
+            forced_temperature=request.split == "train",
+        )
+        view.logger.info("episode.started", trajectory=name)
+        started = view.clock()
+        trajectory = await run_episode(spec, engine, pool, view.world.task.tools())
+        body = msgspec.json.encode(trajectory)
+        inline = len(body) <= INLINE_BYTES
+        blob = None if inline else await asyncio.to_thread(view.blobs.put, body, "application/json")
+        prompt, output = tokens_of(trajectory)
+        data = TrajectoryLogged(
+            trajectory=name,
+            evaluation=request.evaluation,
+            example=example,
+            position=position,
+            sample=sample,
+            answer=trajectory.answer,
+            error=trajectory.error,
+            prompt_tokens=prompt,
+            output_tokens=output,
+            measured=Measured(seconds=view.clock() - started),
+            body=trajectory if inline else None,
+            blob=blob,
+        )
+        subject = subjects.trajectory_logged(view.run, name)
+        await view.append(NAME, [Draft(subject=subject, step=request.generation, data=data, cause=cause.envelope.id)])
+
+
+def served_name(run: str, adapter: str) -> str:
+    """Adapters of different runs share an engine; a name is never used twice."""
+    return f"{run}.{adapter}"
+
+
+def tokens_of(trajectory: Trajectory) -> tuple[int, int]:
+    """Prompt and output tokens of an episode; 4 bytes each."""
+    calls = [s for s in trajectory.steps if isinstance(s, ModelCall)]
+    return (
+        sum(len(c.prompt_ids) for c in calls) // 4,
+        sum(len(o.token_ids) for c in calls for o in c.outputs) // 4,
+    )
+
+
+async def _heartbeat(item: WorkItem) -> None:
+    while True:
+        await asyncio.sleep(3)
+        await item.progress()

@@ -1,0 +1,307 @@
+"""The state of a run: a fold of its events. One struct per aggregate, one ``apply``.
+
+The fold reads no clock and calls nothing. An event that changes nothing is ignored, so duplicates are harmless. What is
+left to do is computed from the state, never remembered elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from bascule.plugins.policy import Generation
+from bascule.schemas import events as ev
+from bascule.schemas.codec import canonical
+from bascule.schemas.envelope import Recorded
+from bascule.schemas.harness import Harness, make_harness
+from bascule.schemas.trajectory import Scored, Verdict
+
+
+class Logged(msgspec.Struct, frozen=True):
+    """What the fold keeps of a trajectory; tokens stay in the log."""
+
+    answer: str | None
+    error: str | None
+    prompt_tokens: int
+    output_tokens: int
+    seconds: float
+
+
+Key = tuple[int, int]
+
+
+class Evaluation(msgspec.Struct, kw_only=True):
+    """All shards of one evaluation, what was logged and what was scored, by (position, sample)."""
+
+    request: ev.EpisodesRequested
+    shards: dict[int, ev.EpisodesRequested] = {}
+    logged: dict[Key, Logged] = {}
+    verdicts: dict[Key, Verdict] = {}
+    completed: ev.EvaluationCompleted | None = None
+    completed_id: str = ""
+
+    def keys(self) -> Iterator[Key]:
+        """Every trajectory that was asked for, in order."""
+        for shard in sorted(self.shards):
+            request = self.shards[shard]
+            for position in request.positions:
+                for sample in range(request.samples):
+                    yield position, sample
+
+    @property
+    def examples(self) -> dict[int, str]:
+        """Example id by position."""
+        return {
+            p: e for s in self.shards.values() for p, e in zip(s.positions, s.examples, strict=True)
+        }
+
+    @property
+    def size(self) -> int:
+        return sum(len(s.positions) * s.samples for s in self.shards.values())
+
+    @property
+    def finished(self) -> bool:
+        """Whether every trajectory has a verdict."""
+        return len(self.shards) == self.request.shards and len(self.verdicts) == self.size
+
+    def rewards(self) -> dict[int, list[float | None]]:
+        """Rewards by position in sample order; None is unscored."""
+        out: dict[int, list[float | None]] = {}
+        for key in sorted(self.keys()):
+            verdict = self.verdicts.get(key)
+            out.setdefault(key[0], []).append(verdict.reward if isinstance(verdict, Scored) else None)
+        return out
+
+
+class Training(msgspec.Struct, kw_only=True):
+    """A training job: its request, attempts, checkpoints and outcome."""
+
+    request: ev.TrainRequested
+    request_id: str
+    attempts: int = 0
+    head: int = 0
+    checkpoints: list[ev.AdapterCheckpointed] = []
+    published: ev.AdapterPublished | None = None
+    failed: ev.TrainFailed | None = None
+
+    @property
+    def open(self) -> bool:
+        return self.published is None and self.failed is None
+
+
+class Adapter(msgspec.Struct, frozen=True):
+    """An adapter's files, and the hash over them."""
+
+    files: dict[str, ev.BlobRef]
+    sha256: str
+
+
+class Step(msgspec.Struct, kw_only=True):
+    """Everything of one generation."""
+
+    number: int
+    lever: ev.LeverChosen | None = None
+    lever_id: str = ""
+    harness: ev.HarnessProposed | None = None
+    author_failed: ev.AuthorFailed | None = None
+    training: Training | None = None
+    candidate: ev.CandidateProposed | None = None
+    gate: ev.CandidatePromoted | ev.CandidateRejected | None = None
+    gate_id: str = ""
+
+
+class RunState(msgspec.Struct, kw_only=True):
+    """One run, folded up to and including sequence ``seq``."""
+
+    run: str
+    seq: int = 0
+    started: ev.RunStarted | None = None
+    root: str | None = None
+    steps: dict[int, Step] = {}
+    harnesses: dict[str, Harness] = {}
+    evaluations: dict[str, Evaluation] = {}
+    adapters: dict[str, Adapter] = {}
+    served: set[str] = set()
+    ablations: dict[str, ev.AblationRequested] = {}
+    pauses: int = 0
+    paused: str | None = None
+    end: ev.RunCompleted | ev.RunFailed | ev.RunCancelled | None = None
+    events: int = 0
+
+    # --- reading ---
+
+    @property
+    def config(self) -> ev.RunConfig:
+        assert self.started is not None
+        return self.started.config
+
+    @property
+    def best(self) -> int | None:
+        """Generation of the promoted candidate."""
+        promoted = [n for n, s in self.steps.items() if isinstance(s.gate, ev.CandidatePromoted)]
+        return max(promoted, default=None)
+
+    def step(self, generation: int) -> Step:
+        return self.steps.setdefault(generation, Step(number=generation))
+
+    def candidate(self, generation: int) -> ev.CandidateProposed:
+        candidate = self.steps[generation].candidate
+        assert candidate is not None
+        return candidate
+
+    @property
+    def open_ablations(self) -> list[str]:
+        return [n for n in self.ablations if not (e := self.evaluations.get(f"abl-{n}")) or e.completed is None]
+
+    @property
+    def active(self) -> bool:
+        """Whether services have anything to do or to wait for."""
+        if self.started is None or self.paused is not None:
+            return False
+        return self.end is None or (isinstance(self.end, ev.RunCompleted) and bool(self.open_ablations))
+
+    def history(self) -> tuple[Generation, ...]:
+        """The finished generations, as policies and authors may see them."""
+        return tuple(g for n in sorted(self.steps) if (g := self._generation(self.steps[n])) is not None)
+
+    def _generation(self, step: Step) -> Generation | None:
+        failed = step.author_failed or (step.training.failed if step.training else None)
+        if step.gate is None and failed is None:
+            return None
+        if step.gate is None:
+            outcome, reason = "failed", failed.reason if failed else ""
+        else:
+            outcome, reason = ("promoted" if isinstance(step.gate, ev.CandidatePromoted) else "rejected"), ""
+        train = self.evaluations.get(f"g{step.number:02d}-train")
+        dev = self.evaluations.get(f"g{step.number:02d}-dev")
+        lever = step.lever.lever if step.lever else None
+        return Generation(
+            generation=step.number,
+            parent=step.candidate.parent if step.candidate else None,
+            lever=lever if lever != "stop" else None,
+            algorithm=step.lever.algorithm if step.lever else None,
+            edit=step.harness.edit if step.harness else None,
+            outcome=outcome,
+            reason=reason,
+            gate=step.gate.figures if step.gate else None,
+            gate_event=step.gate_id or None,
+            train=train.completed.landscape if train and train.completed else None,
+            train_event=train.completed_id if train and train.completed else None,
+            dev=dev.completed.landscape if dev and dev.completed else None,
+            dev_event=dev.completed_id if dev and dev.completed else None,
+        )
+
+    def digest(self) -> bytes:
+        """Canonical bytes of the state; equal folds have equal bytes."""
+        return canonical(
+            {
+                "run": self.run,
+                "seq": self.seq,
+                "started": self.started,
+                "steps": {str(k): v for k, v in self.steps.items()},
+                "harnesses": sorted(self.harnesses),
+                "evaluations": {
+                    name: {
+                        "shards": {str(k): v for k, v in e.shards.items()},
+                        "logged": [[*k, e.logged[k]] for k in sorted(e.logged)],
+                        "verdicts": [[*k, e.verdicts[k]] for k in sorted(e.verdicts)],
+                        "completed": e.completed,
+                    }
+                    for name, e in self.evaluations.items()
+                },
+                "adapters": self.adapters,
+                "served": sorted(self.served),
+                "ablations": self.ablations,
+                "paused": self.paused,
+                "end": self.end,
+                "events": self.events,
+            }
+        )
+
+    # --- folding ---
+
+    def apply(self, event: Recorded) -> None:
+        """Fold one event; events at or below ``seq`` are ignored."""
+        if event.seq <= self.seq:
+            return
+        self.seq = event.seq
+        self.events += 1
+        data = event.data
+        match data:
+            case ev.RunStarted():
+                self.started, self.root = data, event.envelope.id
+            case ev.HarnessProposed():
+                self.harnesses[data.digest] = make_harness(data.files)
+                self.step(data.generation).harness = data
+            case ev.AuthorFailed():
+                self.step(data.generation).author_failed = data
+            case ev.CandidateProposed():
+                self.step(data.generation).candidate = data
+            case ev.CandidatePromoted() | ev.CandidateRejected():
+                step = self.step(data.generation)
+                step.gate, step.gate_id = data, event.envelope.id
+            case ev.LeverChosen():
+                step = self.step(data.generation)
+                step.lever, step.lever_id = data, event.envelope.id
+            case ev.EpisodesRequested() | ev.TrajectoryLogged() | ev.TrajectoryScored() | ev.EvaluationCompleted():
+                self._apply_evaluation(event, data)
+            case ev.TrainRequested():
+                self.step(data.generation).training = Training(
+                    request=data, request_id=event.envelope.id, head=event.seq
+                )
+            case ev.TrainStarted() | ev.AdapterCheckpointed() | ev.AdapterPublished() | ev.TrainFailed():
+                self._apply_training(event, data)
+            case ev.AdapterServed():
+                self.served.add(data.adapter)
+            case ev.AblationRequested():
+                self.ablations[data.name] = data
+            case ev.RunPaused():
+                self.pauses, self.paused = self.pauses + 1, data.reason
+            case ev.RunResumed():
+                self.paused = None
+            case ev.RunCompleted() | ev.RunFailed() | ev.RunCancelled():
+                self.end = data
+            case _:
+                pass
+
+    def _apply_evaluation(
+        self,
+        event: Recorded,
+        data: ev.EpisodesRequested | ev.TrajectoryLogged | ev.TrajectoryScored | ev.EvaluationCompleted,
+    ) -> None:
+        if isinstance(data, ev.EpisodesRequested):
+            evaluation = self.evaluations.setdefault(data.evaluation, Evaluation(request=data))
+            evaluation.shards[data.shard] = data
+            return
+        evaluation = self.evaluations[data.evaluation]
+        if isinstance(data, ev.EvaluationCompleted):
+            evaluation.completed, evaluation.completed_id = data, event.envelope.id
+        elif isinstance(data, ev.TrajectoryScored):
+            evaluation.verdicts[data.position, data.sample] = data.verdict
+        else:
+            evaluation.logged[data.position, data.sample] = Logged(
+                data.answer,
+                data.error.kind if data.error else None,
+                data.prompt_tokens,
+                data.output_tokens,
+                data.measured.seconds,
+            )
+
+    def _apply_training(
+        self,
+        event: Recorded,
+        data: ev.TrainStarted | ev.AdapterCheckpointed | ev.AdapterPublished | ev.TrainFailed,
+    ) -> None:
+        training = self.steps[data.generation].training
+        assert training is not None
+        training.head = event.seq
+        if isinstance(data, ev.TrainStarted):
+            training.attempts = data.attempt
+        elif isinstance(data, ev.AdapterCheckpointed):
+            training.checkpoints.append(data)
+            self.adapters[data.adapter] = Adapter(data.files, data.sha256)
+        elif isinstance(data, ev.AdapterPublished):
+            training.published = data
+        else:
+            training.failed = data

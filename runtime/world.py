@@ -1,0 +1,129 @@
+"""What decisions look up beside the state: the plugins and the task's public face, as pinned when the run started."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from functools import cached_property
+from typing import Any
+
+import msgspec
+
+from bascule.plugins.loader import Plugins
+from bascule.plugins.policy import AlgorithmInfo, Author, Policy
+from bascule.plugins.task import PublicFace, Task
+from bascule.schemas.codec import canonical
+from bascule.schemas.errors import ConfigError
+from bascule.schemas.events import RunStarted, Split
+from bascule.schemas.run import PluginPin, RunConfig
+
+
+def seeded(*parts: object) -> random.Random:
+    """A generator that depends on ``parts`` alone, the same in every process."""
+    text = "\0".join(str(p) for p in parts)
+    return random.Random(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big"))  # noqa: S311
+
+
+def seed_of(*parts: object) -> int:
+    """A 31-bit seed that depends on ``parts`` alone."""
+    return seeded(*parts).getrandbits(31)
+
+
+class World:
+    """The plugins that one run uses."""
+
+    def __init__(self, plugins: Plugins, config: RunConfig) -> None:
+        self.plugins = plugins
+        self.config = config
+
+    @cached_property
+    def task(self) -> Task:
+        return self.plugins.registry.tasks.get(self.config.task.name)(self.config.task.params)
+
+    @cached_property
+    def public(self) -> PublicFace:
+        return self.task.public()
+
+    @cached_property
+    def policy(self) -> Policy:
+        choice = self.config.policy
+        return self.plugins.registry.policies.get(choice.name)(choice.params)
+
+    @cached_property
+    def author(self) -> Author:
+        choice = self.config.author
+        return self.plugins.registry.authors.get(choice.name)(choice.params)
+
+    @cached_property
+    def algorithms(self) -> tuple[AlgorithmInfo, ...]:
+        """Installed algorithms with the parameters that this run gives them."""
+        found = self.plugins.registry.algorithms.items
+        unknown = sorted(set(self.config.algorithms) - set(found))
+        if unknown:
+            raise ConfigError(f"There is no algorithm {unknown[0]!r}.", next_step=f"Known: {', '.join(sorted(found))}.")
+        infos = []
+        for name in sorted(found):
+            defaults, given = found[name].defaults(), self.config.algorithms.get(name, {})
+            odd = sorted(set(given) - set(defaults))
+            if odd:
+                raise ConfigError(
+                    f"The algorithm {name} has no parameter {odd[0]!r}.", next_step=f"Known: {', '.join(sorted(defaults))}."
+                )
+            infos.append(
+                AlgorithmInfo(
+                    name=name,
+                    version=found[name].version,
+                    requires=tuple(sorted(found[name].requires)),
+                    params={**defaults, **given},
+                )
+            )
+        return tuple(infos)
+
+    def positions(self, split: Split) -> range:
+        """The positions of a split that this run uses."""
+        limits = {"train": 0, "dev": self.config.evaluation.dev_examples, "sealed": self.config.evaluation.sealed_examples}
+        n = len(self.public.split(split))
+        return range(min(n, limits[split]) if limits[split] else n)
+
+    def pins(self) -> tuple[PluginPin, ...]:
+        """Version and hash of every plugin that the run uses."""
+        c = self.config
+        wanted = [("task", c.task.name), ("policy", c.policy.name), ("author", c.author.name), ("engine", c.engine.name)]
+        wanted += [("algorithm", a.name) for a in self.algorithms]
+        return tuple(self.plugins.pin(kind, name) for kind, name in wanted)
+
+
+def task_digest(public: PublicFace) -> str:
+    """Digest of a public face: specification, train items and questions."""
+    return hashlib.blake2b(canonical(public), digest_size=16).hexdigest()
+
+
+def world_of(plugins: Plugins, started: RunStarted) -> World:
+    """The world of a recorded run.
+
+    Raises:
+        ConfigError: the task's public face is not the one that the run recorded.
+    """
+    world = World(plugins, started.config)
+    found = task_digest(world.public)
+    if found != started.task_digest:
+        raise ConfigError(
+            f"The task {started.config.task.name} has changed since the run started "
+            f"(public face {found}, recorded {started.task_digest}).",
+            next_step="Install the version of the task that the run recorded.",
+        )
+    return world
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` laid over ``base``, nested dictionaries merged."""
+    out = dict(base)
+    for key, value in over.items():
+        out[key] = merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+def plain(value: Any) -> Any:
+    """A recorded value as plain JSON types."""
+    return json.loads(msgspec.json.encode(value))
