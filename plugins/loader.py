@@ -51,7 +51,11 @@ class Plugins(msgspec.Struct, frozen=True):
         owner = found.owners[name]
         plugin = next(p for p in self.loaded if p.error is None and f"{kind}:{name}" in p.provides)
         return PluginPin(
-            kind=kind, name=name, version=found.versions[name], distribution=f"{owner} {plugin.version}", hash=plugin.hash
+            kind=kind,
+            name=name,
+            version=found.versions[name],
+            distribution=f"{owner} {plugin.version}",
+            hash=plugin.hash,
         )
 
 
@@ -134,7 +138,9 @@ def load_plugins() -> Plugins:
             )
         owners[entry.name] = name
         start = time.perf_counter()
-        error, provides, code = None, (), ""
+        error: str | None = None
+        provides: tuple[str, ...] = ()
+        code = ""
         try:
             module = entry.load()
             api = getattr(module, "bascule_api", hookspecs.API)

@@ -18,6 +18,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 import platformdirs
+
 from bascule.schemas.errors import ConfigError
 
 _CHUNK = 1 << 20

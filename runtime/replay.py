@@ -60,7 +60,7 @@ def first_path(recorded: Any, replayed: Any, path: str = "$") -> tuple[str, Any,
 
 def _compare(event: Recorded, draft: Draft) -> Difference | None:
     assert isinstance(event.data, Data)
-    if draft.data.TYPE != event.envelope.type:
+    if event.envelope.type != draft.data.TYPE:
         return Difference(
             subject=event.subject, seq=event.seq, path="", recorded=event.envelope.type, replayed=draft.data.TYPE
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -98,16 +97,14 @@ def _reason(state: RunState) -> str:
 def report(events: Sequence[Recorded], baselines: Iterable[BaselineRow] = ()) -> RunReport:
     """Fold a run's events into its report."""
     state = RunState(run=events[0].envelope.run)
-    spans: dict[int, list[str]] = {}
     for event in events:
         state.apply(event)
-        spans.setdefault(event.envelope.step, []).append(event.envelope.time)
     tokens: dict[int, int] = {}
     for evaluation in state.evaluations.values():
         spent = sum(logged.prompt_tokens + logged.output_tokens for logged in evaluation.logged.values())
-        step = evaluation.request.generation
         if evaluation.request.purpose not in ("report", "ablation"):
-            tokens[step] = tokens.get(step, 0) + spent
+            generation = evaluation.request.generation
+            tokens[generation] = tokens.get(generation, 0) + spent
     total = sum(x.prompt_tokens + x.output_tokens for e in state.evaluations.values() for x in e.logged.values())
     rows = []
     history = {g.generation: g for g in state.history()}
@@ -164,7 +161,11 @@ def report(events: Sequence[Recorded], baselines: Iterable[BaselineRow] = ()) ->
 def _is_loop(event: Recorded) -> bool:
     purpose = getattr(event.data, "purpose", None)
     evaluation = getattr(event.data, "evaluation", "")
-    return purpose not in ("report", "ablation") and not str(evaluation).endswith("-sealed") and "abl-" not in str(evaluation)
+    return (
+        purpose not in ("report", "ablation")
+        and not str(evaluation).endswith("-sealed")
+        and "abl-" not in str(evaluation)
+    )
 
 
 def draw(result: RunReport, path: Path) -> None:
@@ -188,7 +189,9 @@ def draw(result: RunReport, path: Path) -> None:
         if chosen:
             left.scatter([r.generation for r in chosen], [r.dev for r in chosen], c=colour, label=label, zorder=3)
     train = [r for r in rows if r.train is not None]
-    left.plot([r.generation for r in train], [r.train for r in train], ":", c="#4a6fa5", label="train (sampled)", zorder=2)
+    left.plot(
+        [r.generation for r in train], [r.train for r in train], ":", c="#4a6fa5", label="train (sampled)", zorder=2
+    )
     names = [f"{r.generation}\n{r.algorithm or r.edit or r.lever or ''}"[:22] for r in rows]
     left.set_xticks(xs, names, fontsize=8)
     left.set(xlabel="generation", ylabel="score", ylim=(0, 1), title=f"{result.run}: {result.arm}")

@@ -108,12 +108,12 @@ class View:
         await self._caught_up.wait()
 
     async def changes(self) -> AsyncIterator[RunState]:
-        """The state, each time that it has moved, skipping what nobody looked at; nothing while the run is paused."""
+        """The state, each time that it has moved, skipping what nobody looked at."""
         await self.ready()
         seen = -1
         while True:
             async with self._changed:
-                await self._changed.wait_for(lambda: self._version > seen and self.state.active)  # noqa: B023
+                await self._changed.wait_for(lambda: self._version > seen)  # noqa: B023
                 seen = self._version
             yield self.state
 
@@ -128,7 +128,7 @@ class View:
             self._changed.notify_all()
 
     async def follow(self, services: Sequence[Service]) -> None:
-        """Fold the run's events, decide, and append what follows, until the run needs nothing more."""
+        """Fold the run's events, decide, and append what follows, until the run has ended or is paused."""
         pattern = f"bascule.{self.run}.>"
         head = await self.log.head(pattern)
         if head == 0:
@@ -153,12 +153,12 @@ class View:
                 decided.clear()
                 self._caught_up.set()
                 await self._notify()
-                if not self.state.active and self.state.end is not None:
+                if not self.state.active:
                     return
 
 
 async def serve(view: View, services: Sequence[Service]) -> None:
-    """Run services on one view until the run needs nothing more; the first failure ends them all."""
+    """Run services on one view until the run has ended or is paused; the first failure ends them all."""
     async with asyncio.TaskGroup() as group:
         effects = [group.create_task(s.effects().run(view), name=s.name) for s in services if s.effects is not None]
         await view.follow(services)

@@ -7,6 +7,7 @@ left to do is computed from the state, never remembered elsewhere.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import msgspec
 
@@ -15,6 +16,7 @@ from bascule.schemas import events as ev
 from bascule.schemas.codec import canonical
 from bascule.schemas.envelope import Recorded
 from bascule.schemas.harness import Harness, make_harness
+from bascule.schemas.run import RunConfig
 from bascule.schemas.trajectory import Scored, Verdict
 
 
@@ -41,7 +43,7 @@ class Evaluation(msgspec.Struct, kw_only=True):
     completed: ev.EvaluationCompleted | None = None
     completed_id: str = ""
 
-    def keys(self) -> Iterator[Key]:
+    def trajectories(self) -> Iterator[Key]:
         """Every trajectory that was asked for, in order."""
         for shard in sorted(self.shards):
             request = self.shards[shard]
@@ -52,9 +54,7 @@ class Evaluation(msgspec.Struct, kw_only=True):
     @property
     def examples(self) -> dict[int, str]:
         """Example id by position."""
-        return {
-            p: e for s in self.shards.values() for p, e in zip(s.positions, s.examples, strict=True)
-        }
+        return {p: e for s in self.shards.values() for p, e in zip(s.positions, s.examples, strict=True)}
 
     @property
     def size(self) -> int:
@@ -68,7 +68,7 @@ class Evaluation(msgspec.Struct, kw_only=True):
     def rewards(self) -> dict[int, list[float | None]]:
         """Rewards by position in sample order; None is unscored."""
         out: dict[int, list[float | None]] = {}
-        for key in sorted(self.keys()):
+        for key in sorted(self.trajectories()):
             verdict = self.verdicts.get(key)
             out.setdefault(key[0], []).append(verdict.reward if isinstance(verdict, Scored) else None)
         return out
@@ -132,7 +132,7 @@ class RunState(msgspec.Struct, kw_only=True):
     # --- reading ---
 
     @property
-    def config(self) -> ev.RunConfig:
+    def config(self) -> RunConfig:
         assert self.started is not None
         return self.started.config
 
@@ -169,10 +169,9 @@ class RunState(msgspec.Struct, kw_only=True):
         failed = step.author_failed or (step.training.failed if step.training else None)
         if step.gate is None and failed is None:
             return None
-        if step.gate is None:
-            outcome, reason = "failed", failed.reason if failed else ""
-        else:
-            outcome, reason = ("promoted" if isinstance(step.gate, ev.CandidatePromoted) else "rejected"), ""
+        outcome: Literal["promoted", "rejected", "failed"] = "failed"
+        if step.gate is not None:
+            outcome = "promoted" if isinstance(step.gate, ev.CandidatePromoted) else "rejected"
         train = self.evaluations.get(f"g{step.number:02d}-train")
         dev = self.evaluations.get(f"g{step.number:02d}-dev")
         lever = step.lever.lever if step.lever else None
@@ -183,7 +182,7 @@ class RunState(msgspec.Struct, kw_only=True):
             algorithm=step.lever.algorithm if step.lever else None,
             edit=step.harness.edit if step.harness else None,
             outcome=outcome,
-            reason=reason,
+            reason=failed.reason if failed else "",
             gate=step.gate.figures if step.gate else None,
             gate_event=step.gate_id or None,
             train=train.completed.landscape if train and train.completed else None,

@@ -68,7 +68,8 @@ class World:
             odd = sorted(set(given) - set(defaults))
             if odd:
                 raise ConfigError(
-                    f"The algorithm {name} has no parameter {odd[0]!r}.", next_step=f"Known: {', '.join(sorted(defaults))}."
+                    f"The algorithm {name} has no parameter {odd[0]!r}.",
+                    next_step=f"Known: {', '.join(sorted(defaults))}.",
                 )
             infos.append(
                 AlgorithmInfo(
@@ -82,14 +83,23 @@ class World:
 
     def positions(self, split: Split) -> range:
         """The positions of a split that this run uses."""
-        limits = {"train": 0, "dev": self.config.evaluation.dev_examples, "sealed": self.config.evaluation.sealed_examples}
+        limits = {
+            "train": 0,
+            "dev": self.config.evaluation.dev_examples,
+            "sealed": self.config.evaluation.sealed_examples,
+        }
         n = len(self.public.split(split))
         return range(min(n, limits[split]) if limits[split] else n)
 
     def pins(self) -> tuple[PluginPin, ...]:
         """Version and hash of every plugin that the run uses."""
         c = self.config
-        wanted = [("task", c.task.name), ("policy", c.policy.name), ("author", c.author.name), ("engine", c.engine.name)]
+        wanted = [
+            ("task", c.task.name),
+            ("policy", c.policy.name),
+            ("author", c.author.name),
+            ("engine", c.engine.name),
+        ]
         wanted += [("algorithm", a.name) for a in self.algorithms]
         return tuple(self.plugins.pin(kind, name) for kind, name in wanted)
 

@@ -361,7 +361,7 @@ class AblationRequested(Data, frozen=True, kw_only=True):
 
 
 class RunPaused(Data, frozen=True, kw_only=True):
-    """Services finish what runs and start nothing new."""
+    """The services let go of the run; what was under way and not yet recorded is done again after it is resumed."""
 
     TYPE = "bascule.run.paused"
     KIND = "command"

@@ -87,7 +87,8 @@ def make_harness(files: dict[str, str]) -> Harness:
     size = sum(len(k.encode()) + len(v.encode()) for k, v in files.items())
     if size > MAX_BYTES:
         raise HarnessError(
-            f"The harness is {size} bytes; the limit is {MAX_BYTES}.", next_step="Keep data in the task, not in the harness."
+            f"The harness is {size} bytes; the limit is {MAX_BYTES}.",
+            next_step="Keep data in the task, not in the harness.",
         )
     parse_manifest(files["manifest.json"])
     for name, text in files.items():

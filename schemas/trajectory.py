@@ -9,21 +9,12 @@ from __future__ import annotations
 import array
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 
-def _packed(code: str, values: Iterable[float]) -> bytes:
-    a = array.array(code, values)
-    if sys.byteorder == "big":
-        a.byteswap()
-    return a.tobytes()
-
-
-def _unpacked(code: str, data: bytes) -> array.array[float]:
-    a = array.array(code)
-    a.frombytes(data)
+def _little(a: array.array[Any]) -> array.array[Any]:
     if sys.byteorder == "big":
         a.byteswap()
     return a
@@ -31,22 +22,22 @@ def _unpacked(code: str, data: bytes) -> array.array[float]:
 
 def pack_ids(ids: Sequence[int]) -> bytes:
     """Pack token ids as little-endian int32 (4 bytes each)."""
-    return _packed("i", ids)
+    return _little(array.array("i", ids)).tobytes()
 
 
 def unpack_ids(data: bytes) -> list[int]:
     """The inverse of :func:`pack_ids`."""
-    return [int(x) for x in _unpacked("i", data)]
+    return _little(array.array("i", data)).tolist()
 
 
 def pack_floats(values: Iterable[float]) -> bytes:
     """Pack log-probabilities as little-endian float32 (4 bytes each)."""
-    return _packed("f", values)
+    return _little(array.array("f", values)).tobytes()
 
 
 def unpack_floats(data: bytes) -> list[float]:
     """The inverse of :func:`pack_floats`."""
-    return list(_unpacked("f", data))
+    return _little(array.array("f", data)).tolist()
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -82,7 +82,7 @@ def shared_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """Length of the longest prefix that all sequences share."""
     if not sequences:
         return 0
-    first, last = min(sequences), max(sequences)
+    first, last = min(sequences, key=tuple), max(sequences, key=tuple)
     n = 0
     for a, b in zip(first, last, strict=False):
         if a != b:

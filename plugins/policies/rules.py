@@ -4,8 +4,8 @@ Lever: harness edits while they help; weights once ``patience`` edits in a row w
 arXiv:2605.27276, section 6.2), or when the last generation has come and weights were never tried.
 
 Algorithm: what decides is not the pass rate p but how often a group is informative, I(p, G) = 1 - p^G - (1 - p)^G.
-Group-relative advantages are worth little below I = 0.3; at a cold start, with hardly a success, cloning the few verified
-winners is the safer step.
+Group-relative advantages are worth little below I = 0.3; at a cold start, with hardly a success, cloning the few
+verified winners is the safer step.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def make(params: dict[str, Any]) -> Rules:
     try:
         return Rules(msgspec.convert(params, Thresholds))
     except msgspec.ValidationError as e:
-        raise ConfigError(f"The policy rules cannot take these parameters: {e}.", next_step="Correct that value.") from e
+        raise ConfigError(
+            f"The policy rules cannot take these parameters: {e}.", next_step="Correct that value."
+        ) from e
 
 
 class Rules:

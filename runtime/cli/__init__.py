@@ -1,4 +1,4 @@
-"""The command line. Importing it is cheap: model libraries, the broker's client and plots load when a command needs them."""
+"""The command line. Importing it is cheap: what is heavy loads when a command needs it."""
 
 from bascule.runtime.cli.app import main
 

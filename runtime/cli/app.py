@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 app = typer.Typer(
-    help="Agents that improve themselves on two levers, the harness and the weights, with a log that proves what they did.",
+    help="Agents that improve themselves on two levers, harness and weights, with a log that proves what they did.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -37,7 +37,9 @@ Home = Annotated[
     Path | None,
     typer.Option(help="Where the log and the blobs are. Also BASCULE_HOME; the user's data folder by default."),
 ]
-Url = Annotated[str | None, typer.Option(help="A NATS server, nats://[user:password@]host:port, instead of the embedded one.")]
+Url = Annotated[
+    str | None, typer.Option(help="A NATS server, nats://[user:password@]host:port, instead of the embedded one.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for programs.")]
 Run = Annotated[str, typer.Argument(help="The run's name; `bascule status` lists them.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
@@ -92,12 +94,12 @@ def run(
     max_gen: Annotated[
         int | None, typer.Option("--max-gen", "--max_gen", help="Lever choices after the first harness.")
     ] = None,
-    run_id: Annotated[str | None, typer.Option("--run-id", "--run_id", help="Name of the run; <task>-<n> by default.")] = None,
+    run_id: Annotated[
+        str | None, typer.Option("--run-id", "--run_id", help="Name of the run; <task>-<n> by default.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything that is drawn.")] = None,
     levers: Annotated[str | None, typer.Option(help="harness, weights, or harness,weights.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="An embedded model's name, or a local Hugging Face folder.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="An embedded model's name, or a local Hugging Face folder.")] = None,
     engine: Annotated[str | None, typer.Option(help="Inference engine; `bascule plugins` lists them.")] = None,
     policy: Annotated[str | None, typer.Option(help="Who chooses the lever.")] = None,
     author: Annotated[str | None, typer.Option(help="Who writes harnesses.")] = None,
@@ -259,7 +261,9 @@ def status(
 @app.command()
 def log(
     run: Run,
-    type_: Annotated[str | None, typer.Option("--type", help="Only events whose type ends so, e.g. lever.chosen.")] = None,
+    type_: Annotated[
+        str | None, typer.Option("--type", help="Only events whose type ends so, e.g. lever.chosen.")
+    ] = None,
     home: Home = None,
     url: Url = None,
     as_json: Annotated[bool, typer.Option("--json", help="The recorded bytes, one event a line.")] = False,
@@ -278,7 +282,9 @@ def log(
                     sys.stdout.buffer.write(event.payload + b"\n")
                 else:
                     e = event.envelope
-                    sys.stdout.write(f"{event.seq:>7}  {e.time[:23]}  {e.producer.service:<9} {e.type:<30} {e.subject}\n")
+                    sys.stdout.write(
+                        f"{event.seq:>7}  {e.time[:23]}  {e.producer.service:<9} {e.type:<30} {e.subject}\n"
+                    )
             sys.stdout.flush()
 
     _execute(execute())
@@ -400,7 +406,7 @@ Reason = Annotated[str, typer.Option(help="Recorded with it.")]
 
 @app.command()
 def pause(run: Run, reason: Reason = "asked for", home: Home = None, url: Url = None, debug: Debug = False) -> None:
-    """Let a run finish what is under way and start nothing new; `bascule resume` goes on."""
+    """Make the services let go of a run; `bascule resume` goes on from what the log holds."""
     del debug
     _ending(run, home, url, cancel=False, reason=reason)
 
@@ -429,13 +435,15 @@ def tasks(context: typer.Context, as_json: Json = False) -> None:
 
 
 @tasks_app.command("show")
-def tasks_show(name: Annotated[str, typer.Argument(help="The task.")], as_json: Json = False, debug: Debug = False) -> None:
+def tasks_show(
+    name: Annotated[str, typer.Argument(help="The task.")], as_json: Json = False, debug: Debug = False
+) -> None:
     """What an author would see of a task: its description, splits, licence, and some train items."""
     del debug
     from bascule.plugins.loader import plugins
 
     public = plugins().registry.tasks.get(name)({}).public()
-    sizes = {s: len(public.split(s)) for s in ("train", "dev", "sealed")}  # type: ignore[arg-type]
+    sizes = {s: len(public.split(s)) for s in ("train", "dev", "sealed")}
     if as_json:
         _print_json(
             {
@@ -487,7 +495,9 @@ def plugins_command(as_json: Json = False, debug: Debug = False) -> None:
         _print_json(loaded)
         return
     for p in loaded:
-        typer.echo(f"{p.name:<12} {p.distribution} {p.version}  {'FAILED: ' + p.error if p.error else ', '.join(p.provides)}")
+        typer.echo(
+            f"{p.name:<12} {p.distribution} {p.version}  {'FAILED: ' + p.error if p.error else ', '.join(p.provides)}"
+        )
 
 
 def main() -> None:

@@ -159,7 +159,8 @@ async def start(store: Store, run: str, started: RunStarted) -> None:
     subjects.token(run)
     if await store.log.head(f"bascule.{run}.>"):
         raise ConfigError(
-            f"There is a run {run!r} already.", next_step=f"`bascule resume {run}` goes on with it; or use another --run-id."
+            f"There is a run {run!r} already.",
+            next_step=f"`bascule resume {run}` goes on with it; or use another --run-id.",
         )
     draft = Draft(subject=subjects.run_started(run), step=0, data=started)
     await view_of(store, run).append("cli", [draft])
@@ -261,10 +262,19 @@ async def serve_forever(store: Store, service: str, only: str | None, say: Calla
             await asyncio.sleep(delay)
             delay = min(delay * 2, 60.0)
 
+    async def resumed(view: View) -> None:
+        async for event in store.log.follow(f"bascule.{view.run}.run.>", after=view.state.seq):
+            if isinstance(event.data, RunResumed | RunCancelled):
+                return
+
     async def attempt(run: str, delay: float) -> bool:
         view = view_of(store, run, fresh=False)
         try:
             await serve(view, [found])
+            if view.state.paused is not None:
+                say(f"{run}: paused")
+                await resumed(view)
+                return False
             say(f"{run}: done")
         except* (BasculeError, OSError) as errors:
             text = "; ".join(str(e) for e in leaves(errors))

@@ -63,8 +63,9 @@ class Live:
         match event.data:
             case ev.RunStarted() as d:
                 return (
-                    f"[bold]{event.envelope.run}[/]: {d.config.task.name} with {d.config.model}, levers "
-                    f"{' and '.join(d.config.levers)}, seed {d.config.seed}; {d.train} train, {d.dev} dev, {d.sealed} sealed"
+                    f"[bold]{event.envelope.run}[/]: {d.config.task.name} with {d.config.model}, "
+                    f"levers {' and '.join(d.config.levers)}, seed {d.config.seed}; "
+                    f"{d.train} train, {d.dev} dev, {d.sealed} sealed"
                 )
             case ev.LeverChosen(lever="stop") as d:
                 return f"[bold]stop[/]: {'; '.join(d.reasons)}; scoring the sealed split"
@@ -93,8 +94,8 @@ class Live:
             case ev.CandidatePromoted() | ev.CandidateRejected() as d:
                 return f"  {gate_line(d)}"
             case ev.RunCompleted() as d:
-                s = d.sealed
-                return f"sealed: {s.before:.3f} before, {s.after:.3f} after, p = {s.p:.2g}, n = {s.n}"
+                r = d.sealed
+                return f"sealed: {r.before:.3f} before, {r.after:.3f} after, p = {r.p:.2g}, n = {r.n}"
             case ev.RunFailed() | ev.RunCancelled() | ev.RunPaused() as d:
                 return f"[bold]{type(d).__name__}[/]: {d.reason}"
             case _:

@@ -9,10 +9,15 @@ from rich.tree import Tree
 from bascule.runtime.ablation import AblationRow
 from bascule.runtime.replay import Explanation
 from bascule.runtime.report import RunReport
+from bascule.schemas.landscape import Interval
 
 
 def _score(value: float | None) -> str:
     return "—" if value is None else f"{value:.3f}"
+
+
+def _span(interval: Interval) -> str:
+    return f"\\[{interval.low:.3f}, {interval.high:.3f}]"
 
 
 def show_report(result: RunReport, console: Console) -> None:
@@ -41,8 +46,8 @@ def show_report(result: RunReport, console: Console) -> None:
     if result.sealed is not None:
         s = result.sealed
         console.print(
-            f"sealed ({s.n} examples): [bold]{s.before:.3f}[/] \\[{s.before_interval.low:.3f}, {s.before_interval.high:.3f}] "
-            f"before, [bold]{s.after:.3f}[/] \\[{s.after_interval.low:.3f}, {s.after_interval.high:.3f}] after "
+            f"sealed ({s.n} examples): [bold]{s.before:.3f}[/] {_span(s.before_interval)} before, "
+            f"[bold]{s.after:.3f}[/] {_span(s.after_interval)} after "
             f"(generation {result.best}); {s.wins} better, {s.losses} worse, p = {s.p:.2g} ({s.test}, one-sided)",
             highlight=False,
         )
@@ -52,7 +57,8 @@ def show_report(result: RunReport, console: Console) -> None:
     if result.reason:
         console.print(f"{result.status}: {result.reason}", highlight=False)
     console.print(
-        f"{result.tokens:,} tokens, {result.seconds:.0f} s, {result.events} events, decision hash {result.decision_hash}",
+        f"{result.tokens:,} tokens, {result.seconds:.0f} s, {result.events} events, "
+        f"decision hash {result.decision_hash}",
         highlight=False,
     )
     if result.picture:
@@ -117,7 +123,7 @@ def show_ablation(rows: list[AblationRow], console: Console) -> None:
         table.add_row(
             r.arm,
             r.what,
-            f"{r.score:.3f} \\[{r.interval.low:.3f}, {r.interval.high:.3f}]",
+            f"{r.score:.3f} {_span(r.interval)}",
             "—" if r.arm == "whole" else f"{r.drop:.3f}",
             "—" if r.arm == "whole" else f"{r.p:.2g}",
             _score(r.baseline) if r.baseline is not None else "",

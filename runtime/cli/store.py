@@ -79,7 +79,9 @@ async def open_store(home: Path, *, url: str | None = None, exclusive: bool = Fa
     if url is not None:
         parts = urlsplit(url)
         if parts.scheme not in ("nats", "tls") or not parts.hostname:
-            raise LogError(f"{url!r} is not the address of a NATS server.", next_step="Use nats://[user:password@]host:port.")
+            raise LogError(
+                f"{url!r} is not the address of a NATS server.", next_step="Use nats://[user:password@]host:port."
+            )
         address = f"{parts.scheme}://{parts.hostname}:{parts.port or 4222}"
         user = unquote(parts.username) if parts.username else None
         password = unquote(parts.password) if parts.password else None

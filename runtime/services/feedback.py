@@ -150,7 +150,7 @@ def author_input(state: RunState, world: World, generation: int) -> AuthorInput:
     public = world.public
     evaluation = state.evaluations[f"g{best:02d}-train"]
     evidence = []
-    for key in evaluation.keys():
+    for key in evaluation.trajectories():
         example = public.train[key[0]]
         logged, verdict = evaluation.logged[key], evaluation.verdicts[key]
         evidence.append(

@@ -23,7 +23,9 @@ def decide(state: RunState, event: Recorded, world: World) -> list[Draft]:
         harness = make_harness(world.task.harness())
     except HarnessError as e:
         reason = f"The first harness of the task {world.task.name} is not usable. {e}"
-        return [Draft(subject=subjects.run_end(state.run), step=0, cause=cause, data=RunFailed(service=NAME, reason=reason))]
+        return [
+            Draft(subject=subjects.run_end(state.run), step=0, cause=cause, data=RunFailed(service=NAME, reason=reason))
+        ]
     proposed = HarnessProposed(
         generation=0, digest=harness.digest, files=harness.files, author="reference", edit="reference"
     )

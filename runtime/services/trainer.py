@@ -60,7 +60,12 @@ def decide(state: RunState, event: Recorded, world: World) -> list[Draft]:
         iterations=request.iterations,
     )
     return [
-        Draft(subject=subjects.train_outcome(state.run, data.generation), step=data.generation, cause=cause, data=published),
+        Draft(
+            subject=subjects.train_outcome(state.run, data.generation),
+            step=data.generation,
+            cause=cause,
+            data=published,
+        ),
         *proposals.candidate(
             state,
             world,
@@ -108,7 +113,7 @@ def _iteration(
 def groups_of(evaluation: Evaluation) -> list[Group]:
     """The scored trajectories of an evaluation, by example, as credit assignment sees them."""
     samples: dict[int, list[Sample]] = {}
-    for position, sample in sorted(evaluation.keys()):
+    for position, sample in sorted(evaluation.trajectories()):
         verdict = evaluation.verdicts[position, sample]
         scored = verdict if isinstance(verdict, Scored) else None
         samples.setdefault(position, []).append(
@@ -148,11 +153,14 @@ class Trainer:
         self._generation = -1
         self._head = 0
         self._attempt = 0
+        self._lost: set[int] = set()
 
     async def run(self, view: View) -> None:
         async for state in view.changes():
             training = open_training(state)
-            if training is None or len(training.checkpoints) >= training.request.iterations:
+            if training is None or training.request.generation in self._lost:
+                continue
+            if len(training.checkpoints) >= training.request.iterations:
                 continue
             evaluation = next_evaluation(view.state, training)
             if evaluation is None:
@@ -160,11 +168,9 @@ class Trainer:
             try:
                 await self._iterate(view, training, evaluation)
             except Conflict as e:
-                # A newer attempt owns the job now; this one has nothing more to say about it.
+                # A newer attempt owns the job now. Starting another would only take it away from that one.
                 view.logger.warning("training.superseded", generation=training.request.generation, error=str(e))
-                self._generation = -1
-                if training.attempts > self._attempt:
-                    await view.until(lambda s: not _still(s, training.request.generation))
+                self._lost.add(training.request.generation)
 
     async def _start(self, view: View, training: Training) -> None:
         request = training.request
@@ -205,7 +211,9 @@ class Trainer:
         view.logger.info("update.started", generation=request.generation, iteration=iteration)
         started = view.clock()
         try:
-            credit = view.plugins.registry.algorithms.get(request.algorithm).credit(groups_of(evaluation), request.params)
+            credit = view.plugins.registry.algorithms.get(request.algorithm).credit(
+                groups_of(evaluation), request.params
+            )
             update = await asyncio.to_thread(_update, self._job, trajectories, credit, iteration)
         except TrainError as e:
             self._generation = -1
@@ -242,9 +250,7 @@ class Trainer:
             subject = subjects.adapter_checkpointed(view.run, generation, data.iteration)
         else:
             subject = subjects.train_outcome(view.run, generation)
-        draft = Draft(
-            subject=subject, step=generation, data=data, cause=evaluation.completed_id, attempt=self._attempt
-        )
+        draft = Draft(subject=subject, step=generation, data=data, cause=evaluation.completed_id, attempt=self._attempt)
         recorded = await view.append(NAME, [draft], fence=self._fence(view, generation, self._head))
         if recorded[0].duplicate:
             raise Conflict(f"{subject} was recorded by another attempt.")
@@ -294,11 +300,6 @@ def _update(job: Any, trajectories: dict[str, Trajectory], credit: list[Credit],
     return Update(files, adapter_hash(files), job.checkpoint(), metrics)
 
 
-def _still(state: RunState, generation: int) -> bool:
-    training = state.steps[generation].training
-    return training is not None and training.open
-
-
 async def load_trajectories(view: View, evaluation: Evaluation) -> dict[str, Trajectory]:
     """The recorded trajectories of an evaluation, by id, from the log and its blobs."""
     name = evaluation.request.evaluation
@@ -310,7 +311,7 @@ async def load_trajectories(view: View, evaluation: Evaluation) -> dict[str, Tra
             raise TrainError(f"The trajectory {trajectory} is scored but not in the log.")
         found[trajectory] = await asyncio.to_thread(body_of, view, recorded.data)
 
-    ids = [subjects.trajectory_id(name, *key) for key in evaluation.keys()]
+    ids = [subjects.trajectory_id(name, *key) for key in evaluation.trajectories()]
     for i in range(0, len(ids), 64):
         await asyncio.gather(*(one(t) for t in ids[i : i + 64]))
     return {t: found[t] for t in sorted(found)}

@@ -64,7 +64,7 @@ def decide(state: RunState, event: Recorded, world: World) -> list[Draft]:
 def landscape_of(evaluation: Evaluation) -> RewardLandscape:
     """The reward landscape of a finished evaluation."""
     groups: dict[int, list[SampleFigures]] = {}
-    for position, sample in sorted(evaluation.keys()):
+    for position, sample in sorted(evaluation.trajectories()):
         logged = evaluation.logged[position, sample]
         groups.setdefault(position, []).append(
             SampleFigures(
