@@ -45,7 +45,11 @@ class BaselineRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``bascule run --json`` prints."""
+    """What ``bascule run --json`` prints.
+
+    Attributes:
+        repeated_rollouts, repeated_updates: started although the log already held their outcome; always 0.
+    """
 
     run: str
     status: str
@@ -64,6 +68,8 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     events: int
     decision_hash: str
+    repeated_rollouts: int = 0
+    repeated_updates: int = 0
     picture: str | None = None
 
 

@@ -180,10 +180,14 @@ async def _follow(store: Store, name: str, as_json: bool, *, serve: bool, skip: 
 async def _report(store: Store, name: str, *, picture: bool) -> RunReport:
     import msgspec
 
+    from bascule.runtime.repeats import repeated_work
     from bascule.runtime.report import draw, report
 
     events = await store.events(name)
-    result = report(events, await _baselines(events))
+    rollouts, updates = repeated_work(store.home / "runs" / name / "services.jsonl", events)
+    result = msgspec.structs.replace(
+        report(events, await _baselines(events)), repeated_rollouts=rollouts, repeated_updates=updates
+    )
     if picture and result.generations:
         path = store.home / "runs" / name / "report.png"
         await asyncio.to_thread(draw, result, path)
@@ -204,6 +208,31 @@ async def _baselines(events: list[Recorded]) -> list[BaselineRow]:
         return []
     scores = await score_baselines(world_of(plugins(), started), ("sealed",))
     return [BaselineRow(name=name, sealed=by_split["sealed"]) for name, by_split in scores.items()]
+
+
+@app.command()
+def broker(
+    port: Annotated[int, typer.Option(help="0 lets the server choose.", min=0, max=65535)] = 0,
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run the embedded NATS server by itself, for `bascule serve` processes on this machine. Prints its address."""
+    del debug
+    from bascule.runtime.cli.store import home_folder
+    from bascule.runtime.log.server import EmbeddedServer
+
+    server = EmbeddedServer.start(home_folder(home), port=port)
+    url = server.url.replace("://", f"://{server.user}:{server.password}@", 1)
+    if as_json:
+        _print_json({"url": url, "pid": server.pid})
+    else:
+        typer.echo(url)
+    sys.stdout.flush()
+    try:
+        server.wait()
+    finally:
+        server.stop()
 
 
 @app.command()

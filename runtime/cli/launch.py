@@ -12,13 +12,14 @@ from typing import Any
 import structlog
 
 from bascule.plugins.loader import Plugins, code_hash, plugins
+from bascule.plugins.tasks.splits import best_constant
 from bascule.runtime.cli.store import Store
 from bascule.runtime.runner import Service, View, serve
 from bascule.runtime.services.catalog import SERVICES
 from bascule.runtime.world import World, merged, task_digest
 from bascule.schemas import subjects
 from bascule.schemas.envelope import Draft, Producer, Recorded
-from bascule.schemas.errors import BasculeError, ConfigError, NotFound
+from bascule.schemas.errors import BasculeError, ConfigError
 from bascule.schemas.events import AblationRequested, RunCancelled, RunCompleted, RunPaused, RunResumed, RunStarted
 from bascule.schemas.run import RunConfig, parse_config
 
@@ -226,7 +227,7 @@ async def request_ablations(store: Store, run: str) -> str:
     from bascule.runtime.world import world_of
 
     world = world_of(plugins(), state.started)
-    answer = best_constant(world)
+    answer = best_constant(world.public)
     best = state.end.best
     arms: list[AblationRequested] = [
         AblationRequested(name="constant", arm="constant-engine", generation=best, answer=answer)
@@ -236,14 +237,6 @@ async def request_ablations(store: Store, run: str) -> str:
     for arm in arms:
         await view.append("cli", [Draft(subject=subjects.ablation_requested(run, arm.name), step=best, data=arm)])
     return answer
-
-
-def best_constant(world: World) -> str:
-    """The answer that is right most often on train; the first in order among equals."""
-    answers = list(world.public.answers.values())
-    if not answers:
-        raise NotFound(f"The task {world.task.name} has no train answers.")
-    return max(sorted(set(answers)), key=answers.count)
 
 
 async def serve_forever(store: Store, service: str, only: str | None, say: Callable[[str], None]) -> None:

@@ -18,6 +18,7 @@ from bascule.runtime.world import World, seed_of
 from bascule.schemas import subjects
 from bascule.schemas.codec import INLINE_BYTES
 from bascule.schemas.envelope import Draft, Recorded
+from bascule.schemas.errors import EngineError
 from bascule.schemas.events import AdapterServed, EpisodesRequested, TrajectoryLogged
 from bascule.schemas.landscape import Measured
 from bascule.schemas.run import PluginChoice
@@ -147,6 +148,9 @@ class Rollout:
         view.logger.info("episode.started", trajectory=name)
         started = view.clock()
         trajectory = await run_episode(spec, engine, pool, view.world.task.tools())
+        if trajectory.error is not None and trajectory.error.kind == "engine":
+            # Not the policy's failure, so no trajectory: the service stops, and the episode runs after a resume.
+            raise EngineError(f"The engine could not answer {name}: {trajectory.error.message}")
         body = msgspec.json.encode(trajectory)
         inline = len(body) <= INLINE_BYTES
         blob = None if inline else await asyncio.to_thread(view.blobs.put, body, "application/json")

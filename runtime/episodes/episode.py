@@ -1,0 +1,218 @@
+"""The channel to one episode's process: frames, printed output and the clock. What comes from there is bounded data."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Literal
+
+import msgspec
+
+Handler = Callable[[bytes], Awaitable[bytes | None]]
+"""Answers one frame; None where no answer is due. Raises :class:`StopEpisode` to end the episode."""
+
+Ending = Literal["stopped", "exited", "timeout", "overdue", "output-limit", "lost", "unavailable"]
+
+_TAIL = 4096
+_CHUNK = 65536
+
+
+class StopEpisode(Exception):
+    """The handler has what it needs, or refuses to go on."""
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What one episode may use.
+
+    Attributes:
+        seconds: wall time in which the harness itself runs; waiting for the handler does not count.
+        overall_seconds: wall time of the whole episode.
+        output_bytes: everything that comes out: frames, stdout and stderr.
+        memory_bytes: address space of each of its processes.
+        file_bytes: size of each file that it writes.
+        open_files: open descriptors of each of its processes.
+    """
+
+    seconds: float = 20.0
+    overall_seconds: float = 3600.0
+    output_bytes: int = 256 * 1024
+    memory_bytes: int = 1 << 30
+    file_bytes: int = 16 << 20
+    open_files: int = 64
+
+    @property
+    def cpu_seconds(self) -> int:
+        """CPU time of each process, s; the clock on the wall comes first for one busy process."""
+        return math.ceil(self.seconds) + 1
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """How an episode's process ended.
+
+    Attributes:
+        ending: ``stopped`` by the handler; ``exited`` by itself; ``timeout``, ``overdue`` (overall) and
+            ``output-limit``; ``lost`` with the zygote, which says nothing about this episode; ``unavailable``: no
+            process could be had.
+        exit_code: exit status, or minus the number of the signal; None where there was no report.
+        output: the last 4 KiB of stdout and stderr.
+        seconds: wall time in which the harness itself ran.
+    """
+
+    ending: Ending
+    exit_code: int | None = None
+    output: str = ""
+    seconds: float = 0.0
+
+
+class Episode:
+    """One end of an episode's channel and of its output pipe; both are owned and closed here."""
+
+    def __init__(self, channel: socket.socket, output: int, limits: Limits) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._channel = channel
+        self._output = output
+        self._limits = limits
+        self._buffer = bytearray()
+        self._bytes = 0
+        self._tail = b""
+        self._overflow = False
+        self._left = limits.seconds
+        channel.setblocking(False)
+        os.set_blocking(output, False)
+        self._loop.add_reader(output, self._on_output)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time used by the harness so far."""
+        return self._limits.seconds - self._left
+
+    @property
+    def printed(self) -> str:
+        """The end of what was printed."""
+        return self._tail.decode("utf-8", "replace")
+
+    async def converse(self, opening: bytes, handler: Handler) -> Ending:
+        """Send the first frame, then have frames answered until the episode ends, on either side.
+
+        The process may still be alive afterwards. Exceptions of the handler other than :class:`StopEpisode` pass
+        through.
+        """
+        overall = asyncio.timeout(self._limits.overall_seconds)
+        try:
+            async with overall:
+                async with self._clock():
+                    await self._send(opening)
+                while True:
+                    async with self._clock():
+                        request = await self._receive()
+                    reply = await handler(request)
+                    async with self._clock():
+                        if reply is None:
+                            # A flood of frames that need no answer must not hold the loop.
+                            await asyncio.sleep(0)
+                        else:
+                            await self._send(reply)
+        except StopEpisode:
+            return "stopped"
+        except _OutOfTime:
+            return "timeout"
+        except _OutOfSpace:
+            return "output-limit"
+        except EOFError:
+            return "output-limit" if self._overflow else "exited"
+        except TimeoutError:
+            if overall.expired():
+                return "overdue"
+            raise
+
+    async def wait(self, exited: asyncio.Future[Any]) -> bool:
+        """Wait for the process within the time that is left to the harness. False if it did not exit."""
+        try:
+            async with self._clock():
+                await asyncio.shield(exited)
+        except _OutOfTime:
+            return False
+        return True
+
+    def hang_up(self) -> None:
+        """Nothing more will be sent; what has been sent can still be received."""
+        with contextlib.suppress(OSError):
+            self._channel.shutdown(socket.SHUT_RD)
+
+    def close(self) -> None:
+        """Take what was printed last, and close."""
+        while not self._overflow and self._on_output():
+            pass
+        self._loop.remove_reader(self._output)
+        self._loop.remove_reader(self._channel)
+        self._loop.remove_writer(self._channel)
+        os.close(self._output)
+        self._channel.close()
+
+    @contextlib.asynccontextmanager
+    async def _clock(self) -> AsyncIterator[None]:
+        started = self._loop.time()
+        limit = asyncio.timeout(max(self._left, 0.0))
+        try:
+            async with limit:
+                yield
+        except TimeoutError:
+            if limit.expired():
+                raise _OutOfTime from None
+            raise
+        finally:
+            self._left -= self._loop.time() - started
+
+    async def _send(self, data: bytes) -> None:
+        try:
+            await self._loop.sock_sendall(self._channel, len(data).to_bytes(4, "big") + data)
+        except OSError as e:
+            raise EOFError from e
+
+    async def _receive(self) -> bytes:
+        size = int.from_bytes(await self._exactly(4), "big")
+        self._bytes += 4 + size
+        if self._bytes > self._limits.output_bytes:
+            raise _OutOfSpace
+        return await self._exactly(size)
+
+    async def _exactly(self, size: int) -> bytes:
+        while len(self._buffer) < size:
+            try:
+                part = await self._loop.sock_recv(self._channel, _CHUNK)
+            except OSError as e:
+                raise EOFError from e
+            if not part:
+                raise EOFError
+            self._buffer += part
+        data = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        return data
+
+    def _on_output(self) -> bool:
+        try:
+            part = os.read(self._output, _CHUNK)
+        except BlockingIOError:
+            return False
+        if not part:
+            self._loop.remove_reader(self._output)
+            return False
+        self._bytes += len(part)
+        self._tail = (self._tail + part)[-_TAIL:]
+        if self._bytes > self._limits.output_bytes:
+            self._overflow = True
+            self._loop.remove_reader(self._output)
+            self.hang_up()
+        return True
+
+
+class _OutOfTime(Exception):
+    pass
+
+
+class _OutOfSpace(Exception):
+    pass

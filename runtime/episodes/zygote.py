@@ -1,0 +1,287 @@
+"""The zygote: a warm interpreter that forks one process per episode.
+
+A program of its own, which imports nothing of bascule. Arguments: the number of the control socket, the process id of
+the parent, and an empty folder. The control socket carries one JSON object per packet. From the parent: ``harness``
+(with a descriptor that holds its files), ``forget``, ``start`` (with the episode's channel and its output pipe),
+``kill``. To the parent: ``ready`` and, for each ``start``, one ``exit``, sent when no process of that episode is alive.
+The zygote ends with its parent and takes every process below it along.
+
+What an episode leaves behind is found by parentage. The kernel gives orphans to the nearest ancestor that is a
+subreaper: each episode's process is one, and so is the zygote. A child of the zygote that is not a running episode is
+therefore a remnant of a finished one, whatever session or name it has given itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib.util
+import json
+import os
+import resource
+import selectors
+import signal
+import socket
+import sys
+import time
+import traceback
+import warnings
+from types import ModuleType
+from typing import Any
+
+# What harnesses usually import: loaded once here instead of once per episode.
+WARM = "ast collections copy dataclasses datetime decimal enum fractions functools heapq inspect itertools math"
+WARM += " operator re statistics string textwrap"
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+HELD_SECONDS = 1.0
+SWEEP_SECONDS = 0.02
+
+
+class Zygote:
+    """Forks episodes, and reports the end of each once nothing of it is left."""
+
+    def __init__(self, control: socket.socket, folder: str, child: ModuleType) -> None:
+        self._control = control
+        self._child = child
+        self._folder = folder
+        self._libc = ctypes.CDLL(None)
+        self._harnesses: dict[str, Any] = {}
+        self._running: dict[int, int] = {}
+        self._cleaners: set[int] = set()
+        self._ended: list[dict[str, Any]] = []
+        self._held_since: float | None = None
+        self._foreign: set[int] = set()
+        self._sweeps = 0
+        self._closing = False
+
+    def serve(self, parent: int) -> None:
+        """Work until the parent is gone."""
+        self._prctl(PR_SET_CHILD_SUBREAPER, 1)
+        wake, waker = socket.socketpair()
+        wake.setblocking(False)
+        waker.setblocking(False)
+        signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: self._close())
+        self._prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            return
+        selector = selectors.DefaultSelector()
+        selector.register(wake, selectors.EVENT_READ)
+        selector.register(self._control, selectors.EVENT_READ)
+        self._report({"op": "ready"})
+        while not self._closing:
+            pending = self._ended or self._held_since is not None
+            for key, _ in selector.select(SWEEP_SECONDS if pending else None):
+                if key.fileobj is wake:
+                    with contextlib.suppress(BlockingIOError):
+                        wake.recv(4096)
+                else:
+                    self._receive()
+            self._reap()
+            self._settle()
+        self._end()
+
+    def _close(self) -> None:
+        self._closing = True
+
+    def _prctl(self, option: int, value: int) -> None:
+        self._libc.prctl(option, value, 0, 0, 0)
+
+    def _report(self, message: dict[str, Any]) -> None:
+        try:
+            self._control.send(json.dumps(message).encode())
+        except OSError:
+            self._closing = True
+
+    def _receive(self) -> None:
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self._control, 65536, 2, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data, descriptors = b"", []
+        if not data:
+            self._closing = True
+            return
+        message = json.loads(data)
+        try:
+            match message["op"]:
+                case "harness":
+                    with open(descriptors[0], "rb", closefd=False) as file:
+                        file.seek(0)
+                        self._harnesses[message["digest"]] = self._child.compiled(json.load(file))
+                case "forget":
+                    self._harnesses.pop(message["digest"], None)
+                case "start":
+                    self._start(message, *descriptors)
+                case "kill":
+                    for pid, number in self._running.items():
+                        if number == message["number"]:
+                            kill_group(pid)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def _start(self, message: dict[str, Any], channel: int, output: int) -> None:
+        zygote = os.getpid()
+        try:
+            pid = os.fork()
+        except OSError as e:
+            self._ended.append({"op": "exit", "number": message["number"], "error": f"fork: {e}"})
+            return
+        if pid:
+            self._running[pid] = message["number"]
+            return
+        status = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGCHLD, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
+            self._prctl(PR_SET_CHILD_SUBREAPER, 1)
+            self._prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != zygote:
+                os._exit(1)
+            self._child.settle_in(self._private(message["number"]), channel, output, message["limits"])
+            self._child.confine()
+            status = self._child.play(self._harnesses[message["digest"]])
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except BaseException:
+            with contextlib.suppress(BaseException):
+                traceback.print_exc()
+        finally:
+            os._exit(status)
+
+    def _private(self, number: int) -> str:
+        return f"{self._folder}/{number}"
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if found is None:
+                return
+            pid = found.si_pid
+            if pid in self._running:
+                # Before the wait: until then the number cannot name another group.
+                kill_group(pid)
+            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            self._cleaners.discard(pid)
+            if pid in self._running:
+                self._ended.append({"op": "exit", "number": self._running.pop(pid), "status": status})
+
+    def _settle(self) -> None:
+        """Report what has ended, once its remnants are dead; at the latest after a second, then still sweeping."""
+        if not self._ended and self._held_since is None:
+            return
+        clean = self._sweep()
+        now = time.monotonic()
+        self._held_since = None if clean else self._held_since or now
+        if self._held_since is not None and now - self._held_since < HELD_SECONDS:
+            return
+        for report in self._ended:
+            self._remove(self._private(report["number"]))
+            self._report(report)
+        self._ended.clear()
+
+    def _sweep(self) -> bool:
+        """Kill our children that are no running episode. True if there were none.
+
+        A process that is not below us never comes below us, so its number is remembered while it is in use. Now and
+        then all are forgotten, in case a number was given out again between two sweeps.
+        """
+        self._sweeps += 1
+        if self._sweeps % 256 == 0:
+            self._foreign.clear()
+        present = {int(name) for name in os.listdir("/proc") if name.isdecimal()}
+        self._foreign &= present
+        clean = True
+        for pid in sorted(present - self._foreign - self._running.keys() - self._cleaners):
+            parent = parent_of(pid)
+            if parent == os.getpid():
+                clean = False
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+            elif parent == 0 or parent in self._foreign:
+                self._foreign.add(pid)
+        return clean
+
+    def _remove(self, folder: str) -> None:
+        try:
+            os.rmdir(folder)
+        except FileNotFoundError:
+            return
+        except OSError:
+            # A harness decides how long this takes: not here.
+            with contextlib.suppress(OSError):
+                pid = os.fork()
+                if pid:
+                    self._cleaners.add(pid)
+                    return
+                with contextlib.suppress(BaseException):
+                    self._prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+                    self._child.remove_tree(folder)
+                os._exit(0)
+
+    def _end(self) -> None:
+        for pid in [*self._running, *self._cleaners]:
+            kill_group(pid)
+        self._running.clear()
+        self._cleaners.clear()
+        deadline = time.monotonic() + HELD_SECONDS
+        while not self._sweep() and time.monotonic() < deadline:
+            self._reap()
+        with contextlib.suppress(OSError):
+            self._child.remove_tree(self._folder)
+
+
+def kill_group(pid: int) -> None:
+    """Kill a child of ours and its process group; the group may not exist yet, or no longer."""
+    for kill in (os.killpg, os.kill):
+        with contextlib.suppress(OSError):
+            kill(pid, signal.SIGKILL)
+
+
+def parent_of(pid: int) -> int | None:
+    """Process id of the parent, None if ``pid`` is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[1])
+    except OSError:
+        return None
+
+
+def load_child() -> ModuleType:
+    """What runs in an episode's process; it lies beside this file but not on the import path."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "child.py")
+    spec = importlib.util.spec_from_file_location("bascule_harness", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def main() -> None:
+    descriptor, parent, folder = sys.argv[1:]
+    for name in WARM.split():
+        importlib.import_module(name)
+    warnings.simplefilter("ignore")
+    os.umask(0o077)
+    child = load_child()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (child.OPEN_FILES, child.OPEN_FILES))
+    # Forked processes share the pages of what is here now, as long as no collection writes to them.
+    gc.disable()
+    gc.freeze()
+    Zygote(socket.socket(fileno=int(descriptor)), folder, child).serve(int(parent))
+
+
+if __name__ == "__main__":
+    main()
