@@ -57,7 +57,9 @@ class Exit:
 def _console(*, err: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(stderr=err)
+    console = Console(stderr=err)
+    # A pipe or a file has no width; a table cut to 80 columns helps nobody there.
+    return console if console.is_terminal else Console(stderr=err, width=140)
 
 
 def _print_json(value: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
@@ -10,6 +11,10 @@ from bascule.runtime.ablation import AblationRow
 from bascule.runtime.replay import Explanation
 from bascule.runtime.report import RunReport
 from bascule.schemas.landscape import Interval
+
+
+def _table(title: str | None = None) -> Table:
+    return Table(title=title, box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
 
 
 def _score(value: float | None) -> str:
@@ -22,7 +27,7 @@ def _span(interval: Interval) -> str:
 
 def show_report(result: RunReport, console: Console) -> None:
     """The closing table, the sealed scores and the baselines."""
-    table = Table(title=f"{result.run}: {result.task}, {result.arm}, seed {result.seed} ({result.status})")
+    table = _table(title=f"{result.run}: {result.task}, {result.arm}, seed {result.seed} ({result.status})")
     for name in ("gen", "lever", "algorithm / edit", "candidate"):
         table.add_column(name)
     for name in ("train", "dev [95%]", "p", "promoted", "tokens", "seconds"):
@@ -71,13 +76,13 @@ def show_explanation(found: Explanation, console: Console) -> None:
     what = f"{c.lever}" + (f" with {c.algorithm}" if c.algorithm else "")
     console.print(f"Step {c.generation}: the policy {c.policy} (version {c.policy_version}) chose [bold]{what}[/].")
     console.print(f"Because: {'; '.join(c.reasons)}.", highlight=False)
-    figures = Table(title="the figures that it saw")
+    figures = _table(title="the figures that it saw")
     for name in ("figure", "value", "recorded in"):
         figures.add_column(name)
     for name, value, subject in found.evidence:
         figures.add_row(name, f"{value:.4g}", subject)
     console.print(figures)
-    options = Table(title="the options")
+    options = _table(title="the options")
     for name in ("", "lever", "algorithm", "feasible", "score", "reasons"):
         options.add_column(name)
     for o in sorted(c.options, key=lambda o: (not o.feasible, -(o.score or 0.0))):
@@ -101,7 +106,7 @@ def show_explanation(found: Explanation, console: Console) -> None:
 
 def show_runs(results: list[RunReport], console: Console) -> None:
     """A line for each run."""
-    table = Table()
+    table = _table()
     for name in ("run", "task", "levers", "seed", "status", "generations", "best dev", "sealed", "seconds"):
         table.add_column(name)
     for r in results:
@@ -116,7 +121,7 @@ def show_runs(results: list[RunReport], console: Console) -> None:
 
 def show_ablation(rows: list[AblationRow], console: Console) -> None:
     """Where the gain comes from."""
-    table = Table(title="ablations, on the sealed split")
+    table = _table(title="ablations, on the sealed split")
     for name in ("arm", "", "score [95%]", "drop", "p", "constant baseline"):
         table.add_column(name)
     for r in rows:

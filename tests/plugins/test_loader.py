@@ -1,0 +1,116 @@
+"""Loading plugins: what works is used, what is broken is quarantined and named."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from bascule.plugins.loader import Plugins, load_plugins
+from bascule.schemas.errors import ConfigError, PluginError
+
+GOOD = """
+from bascule.plugins import hookimpl
+
+class Mine:
+    name = "mine"
+    version = "3"
+    requires = frozenset()
+    def defaults(self): return {}
+    def credit(self, groups, params): return []
+
+@hookimpl
+def bascule_register(registry):
+    registry.algorithm(Mine())
+"""
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Install a distribution with one plugin, as pip would lay it out."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def put(name: str, source: str, *, distribution: str | None = None) -> None:
+        distribution = distribution or f"dist-{name}"
+        module = f"plugin_{distribution.replace('-', '_')}"
+        (tmp_path / f"{module}.py").write_text(source)
+        info = tmp_path / f"{distribution.replace('-', '_')}-1.5.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.5\n")
+        (info / "entry_points.txt").write_text(f"[bascule.plugins]\n{name} = {module}\n")
+        sys.modules.pop(module, None)
+
+    return put
+
+
+def row(found: Plugins, name: str):
+    return next(p for p in found.loaded if p.name == name)
+
+
+def test_a_third_partys_plugin_is_found_and_pinned_by_version_and_hash(install) -> None:
+    install("extra", GOOD)
+    found = load_plugins()
+    assert row(found, "extra").provides == ("algorithm:mine",)
+    pin = found.pin("algorithm", "mine")
+    assert (pin.version, pin.distribution) == ("3", "dist-extra (extra) 1.5")
+    assert pin.hash == row(found, "extra").hash != row(found, "algorithms").hash
+
+
+def test_the_hash_changes_with_the_code(install) -> None:
+    install("one", GOOD)
+    install("two", GOOD.replace('"mine"', '"other"'))
+    found = load_plugins()
+    assert row(found, "one").hash != row(found, "two").hash
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("import nothing_of_that_name", "ModuleNotFoundError"),
+        ("def broken(:", "SyntaxError"),
+        ("from bascule.plugins import hookimpl\n@hookimpl\ndef bascule_registr(registry): pass", "bascule_registr"),
+        ("bascule_api = '9'", "API 9"),
+        (GOOD.replace("registry.algorithm(Mine())", "registry.algorithm(Mine()); 1 / 0"), "ZeroDivisionError"),
+    ],
+)
+def test_a_broken_plugin_is_quarantined_and_the_others_work(install, source: str, why: str) -> None:
+    install("bad", source)
+    found = load_plugins()
+    assert why in (row(found, "bad").error or "")
+    assert "mine" not in found.registry.algorithms.items
+    assert "grpo" in found.registry.algorithms.items
+
+
+def test_strict_loading_names_the_broken_plugin_and_its_distribution(install, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("bad", "1 / 0")
+    monkeypatch.setenv("BASCULE_PLUGINS_STRICT", "1")
+    with pytest.raises(PluginError, match="'bad' of dist-bad does not load: ZeroDivisionError"):
+        load_plugins()
+
+
+def test_two_distributions_that_claim_one_name_are_an_error_naming_both(install) -> None:
+    install("extra", GOOD, distribution="first")
+    install("extra", GOOD, distribution="second")
+    with pytest.raises(PluginError, match="first and second"):
+        load_plugins()
+
+
+def test_two_plugins_that_register_one_name_are_an_error_naming_both(install) -> None:
+    install("one", GOOD)
+    install("two", GOOD)
+    with pytest.raises(PluginError, match=r"dist-one \(one\) and dist-two \(two\)"):
+        load_plugins()
+
+
+def test_the_allow_list_keeps_everything_else_out(install, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("extra", GOOD)
+    monkeypatch.setenv("BASCULE_PLUGINS", "extra")
+    assert [p.name for p in load_plugins().loaded] == ["extra"]
+    monkeypatch.setenv("BASCULE_PLUGINS", "")
+    assert load_plugins().loaded == ()
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"no algorithm 'nope'\. Known: best_of_n, grpo"):
+        load_plugins().registry.algorithms.get("nope")
