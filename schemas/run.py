@@ -82,6 +82,19 @@ class PluginPin(msgspec.Struct, frozen=True, kw_only=True):
     hash: str
 
 
+def _unknown(values: dict[str, Any], struct: msgspec.Struct) -> str | None:
+    """The first key, as a path, that the struct has no field for; recorded types themselves ignore such keys."""
+    for key, value in values.items():
+        if key not in struct.__struct_fields__:
+            return key
+        field = getattr(struct, key)
+        if isinstance(field, msgspec.Struct) and isinstance(value, dict):
+            inner = _unknown(value, field)
+            if inner is not None:
+                return f"{key}.{inner}"
+    return None
+
+
 def parse_config(values: dict[str, Any]) -> RunConfig:
     """Build a configuration from plain values.
 
@@ -92,6 +105,10 @@ def parse_config(values: dict[str, Any]) -> RunConfig:
         config = msgspec.convert(values, RunConfig)
     except msgspec.ValidationError as e:
         raise ConfigError(f"The configuration is not valid: {e}.", next_step="Correct that value.") from e
+    unknown = _unknown(values, config)
+    if unknown is not None:
+        known = ", ".join(RunConfig.__struct_fields__)
+        raise ConfigError(f"The configuration has no {unknown!r}.", next_step=f"It has {known}.")
     if not config.levers:
         raise ConfigError("A run needs at least one lever.", next_step="Give --levers harness, weights or both.")
     return config

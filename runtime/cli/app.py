@@ -557,6 +557,3 @@ def main() -> None:
         typer.echo(f"bascule: {known[0]}", err=True)
         sys.exit(Exit.USAGE)
 
-
-if __name__ == "__main__":
-    main()

@@ -16,12 +16,12 @@ from bascule.plugins.tasks.splits import best_constant
 from bascule.runtime.cli.store import Store
 from bascule.runtime.runner import Service, View, serve
 from bascule.runtime.services.catalog import SERVICES
-from bascule.runtime.world import World, merged, task_digest
+from bascule.runtime.world import World, merged, plain, task_digest
 from bascule.schemas import subjects
 from bascule.schemas.envelope import Draft, Producer, Recorded
 from bascule.schemas.errors import BasculeError, ConfigError
 from bascule.schemas.events import AblationRequested, RunCancelled, RunCompleted, RunPaused, RunResumed, RunStarted
-from bascule.schemas.run import RunConfig, parse_config
+from bascule.schemas.run import PluginChoice, RunConfig, parse_config
 
 Listener = Callable[[Recorded], None]
 
@@ -57,7 +57,8 @@ def configure(given: dict[str, Any], overrides: Sequence[str], loaded: Plugins) 
     if isinstance(base.get("task"), str):
         base["task"] = {"name": base["task"]}
     task = loaded.registry.tasks.get(str(base["task"]["name"]))(base["task"].get("params", {}))
-    return parse_config(merged(task.defaults(), base))
+    defaults = plain(RunConfig(task=PluginChoice(name=task.name)))
+    return parse_config(merged(merged(defaults, task.defaults()), base))
 
 
 def _override(item: str) -> dict[str, Any]:

@@ -162,10 +162,7 @@ class Adapters:
         merged = {}
         for module, (a, b, scale) in adapter.factors.items():
             base = self._base[module]
-            a, b = a.to(base.device), b.to(base.device)
-            if base.dtype == torch.float32:
-                weight = torch.addmm(base, b, a, alpha=scale)
-            else:
-                weight = torch.addmm(base.float(), b, a, alpha=scale).to(base.dtype)
+            # The sum is taken in float32 and rounded once, also where the base is bfloat16.
+            weight = torch.addmm(base.float(), b.to(base.device), a.to(base.device), alpha=scale).to(base.dtype)
             merged[module] = torch.nn.Parameter(weight, requires_grad=False)
         return merged

@@ -53,7 +53,7 @@ def register(model: Any) -> None:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"} or (getattr(config, "sliding_window", None) and not hasattr(config, "layer_types")):
         raise EngineError(
-            f"The model type {config.model_type!r} has layers that are not full attention ({', '.join(sorted(kinds))}).",
+            f"The model type {config.model_type!r} has layers other than full attention: {', '.join(sorted(kinds))}.",
             next_step="Use a model with full attention, or serve this one with another engine.",
         )
     AttentionInterface.register(IMPLEMENTATION, _attention)
@@ -202,8 +202,8 @@ class Decode:
             shared = by_head.matmul(prefix.layers[layer][0].transpose(-1, -2))
             scores.append(shared.view(heads, rows, group, -1).transpose(0, 1))
         weights = torch.cat(scores, dim=-1).softmax(-1)  # [R, K, G, L + T (+ P)]
-        own, gen, *rest = weights.split([s.shape[-1] for s in scores], dim=-1)
-        out = _gather(_spread(own, part).matmul(own_v), part, group) + gen.matmul(gen_v)
+        own, gen, *rest = torch.split(weights, [s.shape[-1] for s in scores], dim=-1)
+        out: Tensor = _gather(_spread(own, part).matmul(own_v), part, group) + gen.matmul(gen_v)
         if prefix:
             by_head = rest[0].transpose(0, 1).reshape(heads, rows * group, -1).matmul(prefix.layers[layer][1])
             out = out + by_head.view(heads, rows, group, size).transpose(0, 1)

@@ -89,9 +89,7 @@ class _Live:
 class Generator:
     """Samples from one model. Not safe for threads: call from one at a time."""
 
-    def __init__(
-        self, model: Any, decode: Callable[[Sequence[int]], str], ends: frozenset[int], limits: Limits
-    ) -> None:
+    def __init__(self, model: Any, decode: Callable[[list[int]], str], ends: frozenset[int], limits: Limits) -> None:
         register(model)
         self.model = model
         self.limits = limits
@@ -101,10 +99,9 @@ class Generator:
         self._prefixes: OrderedDict[tuple[str | None, Ids], Prefix] = OrderedDict()
         self._token_bytes = 0  # of keys and values; known after the first pass
 
-    def forget(self, adapter: str) -> None:
-        """Drop the prefixes that were computed with an adapter."""
-        for key in [k for k in self._prefixes if k[0] == adapter]:
-            del self._prefixes[key]
+    def forget(self) -> None:
+        """Drop the kept prefixes."""
+        self._prefixes.clear()
 
     @torch.inference_mode()
     def run(self, adapter: str | None, rows: Iterable[Row], done: Done) -> None:
@@ -216,7 +213,7 @@ class Generator:
         logits = self._forward(
             [t for o in own for t in o], [before + i for o in own for i in range(len(o))], ends, state
         )
-        k, v = state.own[0]
+        k, _ = state.own[0]
         self._token_bytes = self._layers * 2 * k.shape[1] * k.shape[3] * k.element_size()
         block = Block(prefix, tuple(state.own), tuple(len(o) for o in own))
         number = {prompt: i for i, prompt in enumerate(prompts)}

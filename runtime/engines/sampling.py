@@ -44,7 +44,7 @@ def pick(logits: Tensor, temperatures: Sequence[float], uniforms: Sequence[float
         if hot:
             below = logs[hot].double().exp_().cumsum(-1)
             target = torch.tensor([uniforms[start + i] for i in hot], dtype=torch.float64, device=logits.device)
-            # right=True finds the first token whose cumulative probability exceeds the number: never one of probability 0.
+            # right=True: the first token whose cumulative probability exceeds the number, never one of probability 0.
             drawn = torch.searchsorted(below, (target * below[:, -1])[:, None], right=True)[:, 0]
             chosen[hot] = drawn
         tokens += chosen.tolist()

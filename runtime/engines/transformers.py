@@ -13,13 +13,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from bascule.plugins.engine import Engine, EngineInfo, Message, SampleRequest
+from bascule.plugins.engine import Engine, EngineInfo, Message, Sampled, SampleRequest
 from bascule.schemas.errors import BasculeError, ConfigError, EngineError
 from bascule.schemas.trajectory import Output
 from bascule.trainers.base_model import DEFAULT_MODEL
@@ -58,7 +58,7 @@ class _Call:
 
     request: SampleRequest
     rows: tuple[Row, ...]
-    future: asyncio.Future[list[Output]]
+    future: asyncio.Future[Sampled]
     given: int = 0
     outputs: dict[int, Output] = field(default_factory=dict)
 
@@ -86,6 +86,8 @@ class TransformersEngine:
         self.model_name = model
         self.params = params
         self.info: EngineInfo | None = None
+        # The episodes of a group send the same prompt, each by itself.
+        self._encode = lru_cache(maxsize=256)(self.encode)
         self._queues: OrderedDict[str | None, list[_Call]] = OrderedDict()
         self._wake = asyncio.Event()
         self._worker: ThreadPoolExecutor | None = None
@@ -116,21 +118,28 @@ class TransformersEngine:
             await asyncio.to_thread(self._worker.shutdown)
         self._task = self._worker = self.info = None
 
-    def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def encode(self, prompt: tuple[Message, ...] | str) -> tuple[int, ...]:
+        """Token ids of a raw completion's text, or of a chat with its generation prompt.
+
+        Raises:
+            EngineError: the engine is not started, or a chat is asked of a model without a chat template.
+        """
         self._started()
+        if isinstance(prompt, str):
+            return tuple(self._tokenizer.encode(prompt))
         if not self._tokenizer.chat_template:
             raise EngineError(
                 f"The model {self.model_name!r} has no chat template.",
                 next_step="Use completion calls, or an instruct model.",
             )
-        text = self._tokenizer.apply_chat_template(
-            [{"role": m.role, "content": m.content} for m in messages], tokenize=False, add_generation_prompt=True
-        )
+        messages = [{"role": m.role, "content": m.content} for m in prompt]
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
-    def encode_text(self, text: str) -> tuple[int, ...]:
+    def forget(self) -> None:
+        """Drop what is kept between batches, so that a benchmark starts cold. Call while nothing is asked."""
         self._started()
-        return tuple(self._tokenizer.encode(text))
+        self._generator.forget()
 
     async def load_adapter(self, name: str, folder: Path) -> None:
         """See the protocol.
@@ -141,24 +150,24 @@ class TransformersEngine:
         self._started()
         await self._off_loop(partial(self._read_adapter, name, folder))
 
-    async def sample(self, request: SampleRequest) -> Sequence[Output]:
+    async def sample(self, request: SampleRequest) -> Sampled:
         self._started()
-        self._check(request)
         from bascule.runtime.engines.generate import Row
 
+        prompt = self._encode(request.prompt)
+        self._check(request, prompt)
         greedy = request.sampling.temperature == 0
         rows = tuple(
-            Row(request.prompt_ids, request.sampling, 0 if greedy else request.seed, 0 if greedy else i)
-            for i in range(request.n)
+            Row(prompt, request.sampling, 0 if greedy else request.seed, 0 if greedy else i) for i in range(request.n)
         )
         call = _Call(request, rows, asyncio.get_running_loop().create_future())
         self._queues.setdefault(request.adapter, []).append(call)
         self._wake.set()
         return await call.future
 
-    def _check(self, request: SampleRequest) -> None:
+    def _check(self, request: SampleRequest, prompt: tuple[int, ...]) -> None:
         who = f"Call {request.call} of {request.trajectory!r}"
-        size, wanted = len(request.prompt_ids), request.sampling.max_tokens
+        size, wanted = len(prompt), request.sampling.max_tokens
         if request.adapter is not None and request.adapter not in self._adapters:
             known = ", ".join(self._adapters.names()) or "none"
             raise EngineError(
@@ -167,13 +176,13 @@ class TransformersEngine:
             )
         if size + wanted > self._context:
             raise EngineError(
-                f"{who} has {size} prompt tokens and asks for {wanted} more: over the model's context of {self._context}.",
+                f"{who} has {size} prompt tokens and asks for {wanted} more: over the context of {self._context}.",
                 next_step="Shorten the prompt or lower max_tokens.",
             )
-        if not size or request.n < 1 or not all(0 <= t < self._vocabulary for t in request.prompt_ids):
+        if not size or request.n < 1:
             raise EngineError(
-                f"{who} has {size} prompt tokens and {request.n} samples, or an id outside 0..{self._vocabulary - 1}.",
-                next_step="Encode the prompt with this engine, and ask for at least one sample of a prompt of one token.",
+                f"{who} has {size} prompt tokens and asks for {request.n} samples.",
+                next_step="Ask for at least one sample of a prompt that is not empty.",
             )
 
     async def _dispatch(self) -> None:
@@ -216,7 +225,8 @@ class TransformersEngine:
             for call, i in waiting[row]:
                 call.outputs[i] = output
                 if len(call.outputs) == len(call.rows) and not call.future.done():
-                    call.future.set_result([call.outputs[j] for j in range(len(call.rows))])
+                    outputs = tuple(call.outputs[j] for j in range(len(call.rows)))
+                    call.future.set_result(Sampled(prompt_ids=row.prompt, outputs=outputs))
 
         def done(row: Row, output: Output) -> None:
             loop.call_soon_threadsafe(deliver, row, output)
@@ -230,8 +240,9 @@ class TransformersEngine:
         except Exception as error:
             for call, _ in batch:
                 request = call.request
+                reason = f"{type(error).__name__}: {error}"
                 failure = EngineError(
-                    f"Call {request.call} of {request.trajectory!r} failed in the model: {type(error).__name__}: {error}",
+                    f"Call {request.call} of {request.trajectory!r} failed in the model: {reason}",
                     next_step="Ask again; lower the engine's rows, tokens or kv_mib if memory ran out.",
                 )
                 failure.__cause__ = error
@@ -266,12 +277,11 @@ class TransformersEngine:
         model = base_model.load_model(folder)
         self._tokenizer = tokenizer = base_model.load_tokenizer(folder)
         self._context = int(model.config.max_position_embeddings)
-        self._vocabulary = int(model.config.vocab_size)
         self._adapters = Adapters(model, self.params.merged_adapters)
         p = self.params
         self._generator = Generator(
             model,
-            partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+            lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)),
             base_model.end_tokens(model, tokenizer),
             Limits(rows=p.rows, tokens=p.tokens, kv_mib=p.kv_mib, prefix_tokens=p.prefix_tokens),
         )

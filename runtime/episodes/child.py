@@ -24,6 +24,7 @@ from types import CodeType, ModuleType
 from typing import Any, NamedTuple
 
 CHANNEL = 3
+READY = b"\1"
 # The zygote's own limit: closing what a fork inherits is then cheap everywhere.
 OPEN_FILES = 256
 

@@ -19,6 +19,7 @@ Ending = Literal["stopped", "exited", "timeout", "overdue", "output-limit", "los
 
 _TAIL = 4096
 _CHUNK = 65536
+_SETTLE_SECONDS = 60.0
 
 
 class StopEpisode(Exception):
@@ -96,7 +97,7 @@ class Episode:
         return self._tail.decode("utf-8", "replace")
 
     async def converse(self, opening: bytes, handler: Handler) -> Ending:
-        """Send the first frame, then have frames answered until the episode ends, on either side.
+        """Send the first frame once the process is settled, then have frames answered until either side ends it.
 
         The process may still be alive afterwards. Exceptions of the handler other than :class:`StopEpisode` pass
         through.
@@ -104,6 +105,8 @@ class Episode:
         overall = asyncio.timeout(self._limits.overall_seconds)
         try:
             async with overall:
+                if not await self._settled():
+                    return "unavailable"
                 async with self._clock():
                     await self._send(opening)
                 while True:
@@ -166,6 +169,15 @@ class Episode:
             raise
         finally:
             self._left -= self._loop.time() - started
+
+    async def _settled(self) -> bool:
+        """Wait for the byte that comes before any code of the harness runs."""
+        try:
+            async with asyncio.timeout(_SETTLE_SECONDS):
+                await self._exactly(1)
+        except (TimeoutError, EOFError):
+            return False
+        return True
 
     async def _send(self, data: bytes) -> None:
         try:

@@ -76,7 +76,6 @@ class ZygoteHost:
             EpisodeProcessError: it does not start.
         """
         folder = Path(tempfile.mkdtemp(prefix="bascule-episodes-"))
-        (folder / "private").mkdir()
         mark = secrets.token_hex(16)
         # The whole environment of every episode: nothing of ours is inherited. One hash seed, so that the order of a
         # set does not differ between two runs of a harness; -I would ignore it, so its parts are given one by one.
@@ -84,7 +83,7 @@ class ZygoteHost:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs, (folder / "stderr").open("wb") as stderr:
-                arguments = [str(_PROGRAM), str(theirs.fileno()), str(os.getpid()), str(folder / "private")]
+                arguments = [str(_PROGRAM), str(theirs.fileno()), str(os.getpid()), str(folder)]
                 process = subprocess.Popen(
                     [sys.executable, "-P", "-s", "-S", "-B", *arguments],
                     stdin=subprocess.DEVNULL,
@@ -100,7 +99,7 @@ class ZygoteHost:
             shutil.rmtree(folder, ignore_errors=True)
             raise EpisodeProcessError(f"The episode process did not start: {e}.") from e
         host = cls(process, ours, folder, mark)
-        ready = False
+        ready, said = False, ""
         try:
             async with asyncio.timeout(_START_SECONDS):
                 ready = await host._ready
@@ -108,7 +107,8 @@ class ZygoteHost:
             pass
         finally:
             if not ready:
-                said = (folder / "stderr").read_text(errors="replace")[-2000:].strip()
+                with contextlib.suppress(OSError):
+                    said = (folder / "stderr").read_text(errors="replace")[-2000:].strip()
                 await host.close()
         if not ready:
             raise EpisodeProcessError(
@@ -146,8 +146,8 @@ class ZygoteHost:
                 episode.close()
         if report is None:
             return Outcome(ending="lost", seconds=episode.seconds)
-        if report.error is not None:
-            return Outcome(ending="unavailable", output=report.error)
+        if report.error is not None or ending == "unavailable":
+            return Outcome(ending="unavailable", output=report.error or episode.printed)
         return Outcome(ending=ending, exit_code=report.status, output=episode.printed, seconds=episode.seconds)
 
     async def close(self) -> None:

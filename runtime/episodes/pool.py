@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from bascule.runtime.episodes.episode import Handler, Limits, Outcome
-from bascule.runtime.episodes.host import ZygoteHost
+from bascule.runtime.episodes.host import EpisodeProcessError, ZygoteHost
 from bascule.schemas.harness import Harness
 
 
@@ -19,6 +19,7 @@ class HarnessPool:
     def __init__(self, *, children: int = 64) -> None:
         self._slots = asyncio.Semaphore(children)
         self._starting = asyncio.Lock()
+        self._closed = False
         self._zygote: ZygoteHost | None = None
         self._retired: set[asyncio.Task[None]] = set()
 
@@ -28,10 +29,12 @@ class HarnessPool:
         Raises:
             EpisodeProcessError: it does not start.
         """
+        self._closed = False
         await self._shared()
 
     async def close(self) -> None:
         """End every episode that still runs, and remove what they left. The pool may be started again."""
+        self._closed = True
         zygote, self._zygote = self._zygote, None
         if zygote is not None:
             self._retire(zygote)
@@ -51,9 +54,11 @@ class HarnessPool:
             alone: under a zygote of its own, where no other episode can do it harm.
 
         Raises:
-            EpisodeProcessError: the zygote does not start.
+            EpisodeProcessError: the zygote does not start, or the pool is closed.
         """
         async with self._slots:
+            if self._closed:
+                raise EpisodeProcessError("The pool of episode processes is closed.", next_step="Start it again.")
             if not alone:
                 return await (await self._shared()).run(harness, opening, handler, limits)
             zygote = await ZygoteHost.spawn()

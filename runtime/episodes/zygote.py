@@ -1,7 +1,7 @@
 """The zygote: a warm interpreter that forks one process per episode.
 
 A program of its own, which imports nothing of bascule. Arguments: the number of the control socket, the process id of
-the parent, and an empty folder. The control socket carries one JSON object per packet. From the parent: ``harness``
+the parent, and a folder that it removes at its end. The control socket carries one JSON object per packet. From the parent: ``harness``
 (with a descriptor that holds its files), ``forget``, ``start`` (with the episode's channel and its output pipe),
 ``kill``. To the parent: ``ready`` and, for each ``start``, one ``exit``, sent when no process of that episode is alive.
 The zygote ends with its parent and takes every process below it along.
@@ -147,6 +147,8 @@ class Zygote:
                 os._exit(1)
             self._child.settle_in(self._private(message["number"]), channel, output, message["limits"])
             self._child.confine()
+            # What fails before this byte is ours, what fails after it the harness's.
+            os.write(self._child.CHANNEL, self._child.READY)
             status = self._child.play(self._harnesses[message["digest"]])
             sys.stdout.flush()
             sys.stderr.flush()

@@ -1,0 +1,5 @@
+"""``python -m bascule.runtime.cli``."""
+
+from bascule.runtime.cli.app import main
+
+main()
