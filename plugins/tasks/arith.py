@@ -1,0 +1,141 @@
+"""Small sums: a + b, and a - b with a >= b, operands 0 to 20.
+
+A + b and b + a are one group, each a - b is its own: 231 groups of either kind. Dev and sealed take 75 groups of each
+kind with one item per group, so that their items are independent; train has all items of the rest.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from bascule.plugins.task import Baseline, Example, PublicFace
+from bascule.plugins.tasks.harness_files import reference_files
+from bascule.plugins.tasks.splits import best_constant, constant_baseline, seeded_order, split_seed
+from bascule.schemas.events import Split
+from bascule.schemas.trajectory import Scored, Verdict
+
+LARGEST = 20
+GROUPS_PER_KIND = 75
+_INTEGER = re.compile(r"-?[0-9]+")
+
+
+class Sum(msgspec.Struct, frozen=True):
+    """One item: ``left sign right =``."""
+
+    left: int
+    sign: str
+    right: int
+
+    @property
+    def id(self) -> str:
+        return f"{'add' if self.sign == '+' else 'sub'}-{self.left}-{self.right}"
+
+    @property
+    def group(self) -> str:
+        low, high = sorted((self.left, self.right))
+        return f"add-{low}-{high}" if self.sign == "+" else self.id
+
+    @property
+    def question(self) -> str:
+        return f"{self.left} {self.sign} {self.right} ="
+
+    @property
+    def truth(self) -> str:
+        return str(self.left + self.right if self.sign == "+" else self.left - self.right)
+
+
+def splits(seed: int) -> dict[Split, list[Sum]]:
+    """All items by split, in an order in which every prefix holds about as many sums as differences."""
+    operands = range(LARGEST + 1)
+    items = {
+        "+": [Sum(a, "+", b) for a in operands for b in operands],
+        "-": [Sum(a, "-", b) for a in operands for b in operands if a >= b],
+    }
+    found: dict[Split, list[Sum]] = {"dev": [], "sealed": [], "train": []}
+    for sign, every in items.items():
+        groups: dict[str, list[Sum]] = {}
+        # The order within a group is seeded too, since dev and sealed take the first.
+        for item in seeded_order(every, lambda i: i.id, f"arith item {seed}"):
+            groups.setdefault(item.group, []).append(item)
+        names = seeded_order(groups, str, f"arith group {sign} {seed}")
+        found["dev"] += [groups[g][0] for g in names[:GROUPS_PER_KIND]]
+        found["sealed"] += [groups[g][0] for g in names[GROUPS_PER_KIND : 2 * GROUPS_PER_KIND]]
+        found["train"] += [item for g in names[2 * GROUPS_PER_KIND :] for item in groups[g]]
+    return {split: seeded_order(chosen, lambda i: i.id, f"arith order {seed}") for split, chosen in found.items()}
+
+
+class ArithPrivate:
+    """Derives the truths; opened in the scoring process only."""
+
+    def __init__(self, seed: int) -> None:
+        self._truths = {(split, item.id): item.truth for split, items in splits(seed).items() for item in items}
+
+    def score(self, split: Split, example: str, answer: str | None) -> Verdict:
+        """1 if the stripped answer is exactly the integer's decimal form.
+
+        Raises:
+            KeyError: the split has no such example.
+        """
+        truth = self._truths[split, example]
+        text = "" if answer is None else answer.strip()
+        correct = text == truth
+        return Scored(reward=float(correct), passed=correct, well_formed=_INTEGER.fullmatch(text) is not None)
+
+
+class Arith:
+    """The task ``arith``. Parameter: ``split_seed`` (0)."""
+
+    name = "arith"
+    summary = "a + b and a - b with operands 0 to 20; answer with the integer"
+
+    def __init__(self, params: dict[str, Any]) -> None:
+        self.seed = split_seed(self.name, params)
+
+    def public(self) -> PublicFace:
+        found = splits(self.seed)
+        examples = {
+            split: tuple(Example(id=i.id, group=i.group, input={"question": i.question}) for i in items)
+            for split, items in found.items()
+        }
+        return PublicFace(
+            name=self.name,
+            version="1",
+            description=(
+                f"Add or subtract two integers from 0 to {LARGEST}; no result is negative. "
+                "The answer is the result in plain decimal digits and nothing else."
+            ),
+            train=examples["train"],
+            answers={i.id: i.truth for i in found["train"]},
+            dev=examples["dev"],
+            sealed=examples["sealed"],
+            max_answer_tokens=4,
+            source="made by this task's code",
+            licence="MIT",
+        )
+
+    def private(self) -> ArithPrivate:
+        return ArithPrivate(self.seed)
+
+    def harness(self) -> dict[str, str]:
+        return reference_files(
+            name="chat",
+            system_prompt="You are a calculator. Answer with the number only.",
+            params={"form": "chat", "extract": "last_integer", "max_tokens": 24},
+        )
+
+    def tools(self) -> Mapping[str, Callable[[dict[str, Any]], Awaitable[str]]]:
+        return {}
+
+    def baselines(self, public: PublicFace) -> Sequence[Baseline]:
+        """The best constant of train, and always 0."""
+        return (
+            constant_baseline("best-constant", public, best_constant(public)),
+            constant_baseline("always-0", public, "0"),
+        )
+
+    def defaults(self) -> dict[str, Any]:
+        return {"evaluation": {"train_groups": 32, "train_samples": 8}, "max_generations": 4}

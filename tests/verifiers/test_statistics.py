@@ -1,0 +1,117 @@
+"""Intervals and paired tests against enumeration, published values and their laws."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bascule.verifiers.statistics import mcnemar_exact, score_interval, sign_flip, wilson
+
+REWARDS = st.sampled_from([-1.0, -0.3, 0.0, 0.1, 0.1 + 0.2, 0.3, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    # Newcombe 1998, Statistics in Medicine 17:857, table I, method 3.
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_gives_the_published_intervals(successes: int, n: int, low: float, high: float) -> None:
+    interval = wilson(successes, n)
+    assert interval.low == pytest.approx(low, abs=6e-5)
+    assert interval.high == pytest.approx(high, abs=6e-5)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 500), st.integers(0, 500))
+def test_wilson_lies_in_the_unit_interval_around_the_proportion_and_is_symmetric(a: int, b: int) -> None:
+    one, other = wilson(a, a + b), wilson(b, a + b)
+    assert 0 <= one.low <= one.high <= 1
+    assert one.low == pytest.approx(1 - other.high)
+    if a + b:
+        assert one.low <= a / (a + b) <= one.high
+
+
+def test_wilson_without_data_excludes_nothing_and_nonsense_is_refused() -> None:
+    assert (wilson(0, 0).low, wilson(0, 0).high) == (0.0, 1.0)
+    with pytest.raises(ValueError, match="no proportion"):
+        wilson(3, 2)
+
+
+def test_the_interval_of_other_rewards_is_normal_over_examples() -> None:
+    interval = score_interval([1.0, 2.0, 3.0, 6.0], pass_fail=False)
+    half = 1.959963984540054 * math.sqrt((4 + 1 + 0 + 9) / 3 / 4)
+    assert interval.low == pytest.approx(3 - half)
+    assert interval.high == pytest.approx(3 + half)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 8), st.integers(0, 8))
+def test_mcnemar_counts_every_assignment_of_the_discordant_pairs(wins: int, losses: int) -> None:
+    n = wins + losses
+    reached = sum(bits.bit_count() >= wins for bits in range(2**n))
+    assert mcnemar_exact(wins, losses) == float(Fraction(reached, 2**n))
+
+
+@pytest.mark.parametrize(
+    ("wins", "losses", "p"),
+    # Upper tails of the fair binomial; 15 of 20 heads is the textbooks' .0207.
+    [(0, 0, 1.0), (5, 0, 0.03125), (4, 0, 0.0625), (9, 1, 11 / 1024), (15, 5, 21700 / 2**20)],
+)
+def test_mcnemar_gives_known_values(wins: int, losses: int, p: float) -> None:
+    assert mcnemar_exact(wins, losses) == p
+
+
+def test_mcnemar_stays_exact_far_out_in_the_tail() -> None:
+    assert mcnemar_exact(870, 0) == 2.0**-870
+    assert mcnemar_exact(0, 870) == 1.0
+
+
+@settings(deadline=None)
+@given(st.lists(REWARDS, max_size=9))
+def test_sign_flip_counts_every_flip_exactly(differences: list[float]) -> None:
+    exact = [Fraction(d) for d in differences]
+    flips = [sum(s * d for s, d in zip(signs, exact, strict=True)) for signs in _signs(len(exact))]
+    expected = Fraction(sum(f >= sum(exact) for f in flips), len(flips))
+    assert sign_flip(differences, seed=0) == float(expected)
+
+
+def _signs(n: int) -> list[tuple[int, ...]]:
+    return list(itertools.product((1, -1), repeat=n))
+
+
+@settings(deadline=None)
+@given(st.integers(0, 8), st.integers(0, 8))
+def test_on_pass_fail_the_two_tests_agree(wins: int, losses: int) -> None:
+    assert sign_flip([1.0] * wins + [-1.0] * losses, seed=0) == mcnemar_exact(wins, losses)
+
+
+def test_sampled_flips_come_near_the_exact_value_and_follow_their_seed() -> None:
+    differences = [1.0] * 20 + [-1.0] * 10 + [0.0] * 100
+    exact = mcnemar_exact(20, 10)
+    p = sign_flip(differences, seed=5)
+    assert p == sign_flip(differences, seed=5)
+    assert p != sign_flip(differences, seed=6)
+    assert abs(p - exact) < 4 * math.sqrt(exact * (1 - exact) / 9999)
+
+
+def test_sampled_flips_never_give_zero() -> None:
+    assert sign_flip([1.0 + i / 64 for i in range(40)], seed=1, resamples=99) == 1 / 100
+
+
+def test_under_the_null_p_is_rarely_small() -> None:
+    rng = random.Random(3)
+    ps = [sign_flip([rng.gauss(0, 1) for _ in range(20)], seed=i, resamples=199) for i in range(300)]
+    # At level .05 the number of false alarms is Binomial(300, .05): mean 15, standard deviation 3.8.
+    assert 4 <= sum(p <= 0.05 for p in ps) <= 28
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_difference_that_is_not_finite_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        sign_flip([1.0, value], seed=0)
