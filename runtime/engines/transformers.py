@@ -8,7 +8,7 @@ when the engine starts.
 from __future__ import annotations
 
 import asyncio
-import platform
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from bascule.runtime.engines.generate import Row
 
 T = TypeVar("T")
+_CLOSED = "The engine was closed before it answered."
 
 
 class Params(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -111,8 +112,8 @@ class TransformersEngine:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        for call in [c for queue in self._queues.values() for c in queue]:
-            self._fail(call, EngineError("The engine was closed before it answered."))
+        for call in itertools.chain(*self._queues.values()):
+            self._fail(call, EngineError(_CLOSED))
         self._queues.clear()
         if self._worker is not None:
             await asyncio.to_thread(self._worker.shutdown)
@@ -128,25 +129,19 @@ class TransformersEngine:
         if isinstance(prompt, str):
             return tuple(self._tokenizer.encode(prompt))
         if not self._tokenizer.chat_template:
-            raise EngineError(
-                f"The model {self.model_name!r} has no chat template.",
-                next_step="Use completion calls, or an instruct model.",
-            )
+            what = f"The model {self.model_name!r} has no chat template."
+            raise EngineError(what, next_step="Use completion calls, or an instruct model.")
         messages = [{"role": m.role, "content": m.content} for m in prompt]
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
     def forget(self) -> None:
-        """Drop what is kept between batches, so that a benchmark starts cold. Call while nothing is asked."""
+        """Drop the kept prefixes, so that a benchmark starts cold. Call while nothing is asked."""
         self._started()
         self._generator.forget()
 
     async def load_adapter(self, name: str, folder: Path) -> None:
-        """See the protocol.
-
-        Raises:
-            EngineError: the folder is not usable, or other content is loaded under the name.
-        """
+        """See the protocol; raises EngineError for an unusable folder, or other content under a loaded name."""
         self._started()
         await self._off_loop(partial(self._read_adapter, name, folder))
 
@@ -219,7 +214,7 @@ class TransformersEngine:
         waiting: dict[Row, list[tuple[_Call, int]]] = {}
         for call, i in batch:
             waiting.setdefault(call.rows[i], []).append((call, i))
-        loop = asyncio.get_running_loop()
+        post = asyncio.get_running_loop().call_soon_threadsafe
 
         def deliver(row: Row, output: Output) -> None:
             for call, i in waiting[row]:
@@ -229,22 +224,20 @@ class TransformersEngine:
                     call.future.set_result(Sampled(prompt_ids=row.prompt, outputs=outputs))
 
         def done(row: Row, output: Output) -> None:
-            loop.call_soon_threadsafe(deliver, row, output)
+            post(deliver, row, output)
 
         try:
             await self._off_loop(partial(self._compute, adapter, list(waiting), done))
         except asyncio.CancelledError:
             for call, _ in batch:
-                self._fail(call, EngineError("The engine was closed before it answered."))
+                self._fail(call, EngineError(_CLOSED))
             raise
         except Exception as error:
             for call, _ in batch:
                 request = call.request
                 reason = f"{type(error).__name__}: {error}"
-                failure = EngineError(
-                    f"Call {request.call} of {request.trajectory!r} failed in the model: {reason}",
-                    next_step="Ask again; lower the engine's rows, tokens or kv_mib if memory ran out.",
-                )
+                what = f"Call {request.call} of {request.trajectory!r} failed in the model: {reason}"
+                failure = EngineError(what, next_step="Ask again; lower rows, tokens or kv_mib if memory ran out.")
                 failure.__cause__ = error
                 self._fail(call, failure)
 
@@ -265,7 +258,6 @@ class TransformersEngine:
 
     def _load(self) -> EngineInfo:
         import torch
-        import transformers
 
         from bascule.runtime.engines.adapters import Adapters
         from bascule.runtime.engines.generate import Generator, Limits
@@ -289,14 +281,7 @@ class TransformersEngine:
             name="transformers",
             model=self.model_name,
             model_digest=base_model.model_digest(folder),
-            versions={
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "threads": str(torch.get_num_threads()),
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "device": model.device.type,
-            },
+            versions=base_model.versions(model),
         )
 
     def _read_adapter(self, name: str, folder: Path) -> None:

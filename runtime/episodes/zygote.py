@@ -1,10 +1,10 @@
 """The zygote: a warm interpreter that forks one process per episode.
 
 A program of its own, which imports nothing of bascule. Arguments: the number of the control socket, the process id of
-the parent, and a folder that it removes at its end. The control socket carries one JSON object per packet. From the parent: ``harness``
-(with a descriptor that holds its files), ``forget``, ``start`` (with the episode's channel and its output pipe),
-``kill``. To the parent: ``ready`` and, for each ``start``, one ``exit``, sent when no process of that episode is alive.
-The zygote ends with its parent and takes every process below it along.
+the parent, and a folder, removed at the end. The control socket carries one JSON object per packet. From the parent:
+``harness`` (with a descriptor that holds its files), ``forget``, ``start`` (with the episode's channel and its output
+pipe), ``kill``. To the parent: ``ready`` and, for each ``start``, one ``exit``, sent when no process of that episode is
+alive. The zygote ends with its parent and takes every process below it along.
 
 What an episode leaves behind is found by parentage. The kernel gives orphans to the nearest ancestor that is a
 subreaper: each episode's process is one, and so is the zygote. A child of the zygote that is not a running episode is

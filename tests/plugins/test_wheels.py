@@ -1,0 +1,136 @@
+"""Pinned wheels: fetched once, checked always, unpacked as data only."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from bascule.plugins import wheels
+from bascule.schemas.errors import ConfigError
+
+
+def make_wheel(folder: Path, name: str = "demo_data", version: str = "1.2", body: str = "a,b\n1,2\n") -> Path:
+    """A wheel that pip accepts, with one data file."""
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    info = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{name}/data/table.csv", body)
+        archive.writestr(f"{name}/data/deep/notes.txt", "notes")
+        archive.writestr(f"{name}/database.txt", "not under data/")
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return path
+
+
+def sha(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that pip takes for its only index, and an empty cache."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("BASCULE_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+def test_a_cached_wheel_needs_no_index(index: Path) -> None:
+    source = make_wheel(index)
+    digest = sha(source)
+    first = wheels.fetch_wheel("demo-data", "1.2", digest)
+    source.unlink()
+    second = wheels.fetch_wheel("Demo.Data", "1.2", digest.upper())
+    assert first == second
+    assert sha(first) == digest
+    assert list(first.parent.iterdir()) == [first], "no temporary files stay behind"
+
+
+def test_a_download_with_another_hash_is_refused_and_not_kept(index: Path, tmp_path: Path) -> None:
+    source = make_wheel(index)
+    with pytest.raises(ConfigError) as caught:
+        wheels.fetch_wheel("demo-data", "1.2", "0" * 64)
+    assert source.name in str(caught.value)
+    assert sha(source) in str(caught.value)
+    assert "0" * 64 in str(caught.value)
+    assert caught.value.next_step
+    assert list((tmp_path / "cache" / "wheels").iterdir()) == []
+
+
+def test_a_cached_wheel_that_changed_is_refused(index: Path) -> None:
+    digest = sha(make_wheel(index))
+    cached = wheels.fetch_wheel("demo-data", "1.2", digest)
+    with cached.open("ab") as f:
+        f.write(b"x")
+    with pytest.raises(ConfigError, match="pinned") as caught:
+        wheels.fetch_wheel("demo-data", "1.2", digest)
+    assert str(cached) in (caught.value.next_step or "")
+
+
+@pytest.mark.usefixtures("index")
+def test_a_wheel_that_no_index_has_is_an_error_with_the_next_step() -> None:
+    with pytest.raises(ConfigError, match=r"could not download demo-data==1\.2") as caught:
+        wheels.fetch_wheel("demo-data", "1.2", "0" * 64)
+    assert "by hand" in (caught.value.next_step or "")
+
+
+def test_extract_unpacks_a_folder_by_its_inner_paths(tmp_path: Path) -> None:
+    into = tmp_path / "out"
+    written = wheels.extract(make_wheel(tmp_path), "demo_data/data/", into)
+    assert written == [into / "deep/notes.txt", into / "table.csv"]
+    assert (into / "table.csv").read_text() == "a,b\n1,2\n"
+    assert sorted(p.name for p in into.rglob("*")) == ["deep", "notes.txt", "table.csv"]
+
+
+def test_extract_unpacks_one_file_by_its_name_and_replaces_an_old_one(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("old")
+    written = wheels.extract(make_wheel(tmp_path), "demo_data/data/table.csv", tmp_path)
+    assert written == [tmp_path / "table.csv"]
+    assert written[0].read_text() == "a,b\n1,2\n"
+
+
+@pytest.mark.parametrize("name", ["d/../../evil", "d//etc/evil", "d/./evil", "d/..\\evil", "d/C:evil"])
+def test_extract_refuses_members_that_leave_the_folder(tmp_path: Path, name: str) -> None:
+    wheel = tmp_path / "bad.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("d/good", "good")
+        archive.writestr(name, "evil")
+    with pytest.raises(ConfigError, match="evil"):
+        wheels.extract(wheel, "d", tmp_path / "out" / "in")
+    assert not list(tmp_path.rglob("evil"))
+    assert not list(tmp_path.rglob("good")), "nothing is written when one member is refused"
+
+
+def test_extract_refuses_links(tmp_path: Path) -> None:
+    wheel = tmp_path / "bad.whl"
+    link = zipfile.ZipInfo("d/link")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(link, "/etc")
+    with pytest.raises(ConfigError, match="link"):
+        wheels.extract(wheel, "d", tmp_path / "out")
+
+
+def test_extract_does_not_follow_a_link_that_lies_in_the_target(tmp_path: Path) -> None:
+    outside, into = tmp_path / "outside", tmp_path / "out"
+    outside.mkdir()
+    into.mkdir()
+    (into / "deep").symlink_to(outside)
+    with pytest.raises(ConfigError, match="outside"):
+        wheels.extract(make_wheel(tmp_path), "demo_data/data", into)
+    assert list(outside.iterdir()) == []
+
+
+def test_extract_names_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing under 'absent'"):
+        wheels.extract(make_wheel(tmp_path), "absent", tmp_path)
+    (tmp_path / "no.whl").write_text("no zip")
+    with pytest.raises(ConfigError, match="not a usable wheel"):
+        wheels.extract(tmp_path / "no.whl", "", tmp_path)

@@ -1,0 +1,243 @@
+"""The training loop: exact, deterministic, guarded."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from bascule.plugins.algorithm import Algorithm, Credit
+from bascule.plugins.algorithms.best_of_n import BestOfN
+from bascule.plugins.algorithms.grpo import Grpo
+from bascule.schemas.errors import ConfigError, TrainError
+from bascule.schemas.trajectory import ModelCall, Trajectory, pack_floats, unpack_floats
+from bascule.trainers.batch import batch_rows
+from bascule.trainers.loop import TrainJob
+from bascule.trainers.lora import adapter_hash
+from bascule.trainers.params import scheduled_rate, train_params
+from tests.tiny_model import make_tiny_model
+from tests.trainers.bandit import PARAMS, alternating_credit, plain_logprobs, play_bandit, sample_batch
+
+EXACT = {**PARAMS, "max_grad_norm": 1e9}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def parent(base: Path) -> dict[str, bytes]:
+    """An adapter whose two factors are both away from 0, so that all gradients are."""
+    job = TrainJob(base, {**PARAMS, "learning_rate": 2e-2}, seed=2)
+    for i in range(2):
+        batch = sample_batch(job, seed=i)
+        job.update(batch, alternating_credit(batch), i)
+    return job.adapter_files()
+
+
+def gradients(job: TrainJob) -> dict[str, torch.Tensor]:
+    return {n: p.grad.clone() for n, p in job.model.named_parameters() if p.grad is not None}
+
+
+def shifted(trajectory: Trajectory, by: float) -> Trajectory:
+    """The trajectory, had the sampler's log-probabilities been others."""
+    (call,) = trajectory.steps
+    assert isinstance(call, ModelCall)
+    logprobs = pack_floats(x + by for x in unpack_floats(call.outputs[0].logprobs))
+    output = msgspec.structs.replace(call.outputs[0], logprobs=logprobs)
+    return msgspec.structs.replace(trajectory, steps=(msgspec.structs.replace(call, outputs=(output,)),))
+
+
+@pytest.mark.parametrize("max_nodes", [1, 24, 4096])
+def test_gradients_equal_those_of_a_plain_padded_forward(base: Path, parent: dict[str, bytes], max_nodes: int) -> None:
+    job = TrainJob(base, {**EXACT, "max_nodes": max_nodes, "beta": 0.05}, seed=2, parent_adapter=parent)
+    batch = {t: shifted(x, 0.3) for t, x in sample_batch(job, seed=7).items()}
+    credit = alternating_credit(batch)
+    rows = batch_rows(credit, batch)
+
+    plain = TrainJob(base, EXACT, seed=2, parent_adapter=parent)
+    logprobs = plain_logprobs(plain.model, [(r.tokens, r.temperature) for r in rows])
+    with torch.no_grad(), plain.model.disable_adapter():
+        reference = plain_logprobs(plain.model, [(r.tokens, r.temperature) for r in rows])
+    policy, imitation, policy_tokens, weights = torch.zeros(()), torch.zeros(()), 0, 0.0
+    for i, row in enumerate(rows):
+        at = [p - 1 for p in row.trained]
+        pi = logprobs[i, at]
+        if row.component == "imitation":
+            imitation = imitation - row.advantage * pi.sum()
+            weights += row.advantage * len(at)
+        else:
+            weight = torch.exp(pi.detach() - torch.tensor(row.behaviour)).clamp(max=2)
+            ratio = torch.exp(pi - pi.detach())
+            policy = policy + (-weight * row.advantage * ratio + 0.05 * (reference[i, at] - pi) ** 2 / 2).sum()
+            policy_tokens += len(at)
+    loss = policy / policy_tokens + imitation / weights
+    loss.backward()  # type: ignore[no-untyped-call]
+
+    metrics = job.update(batch, credit, 0)
+    assert metrics.loss == pytest.approx(loss.item(), abs=1e-5)
+    assert metrics.trained_tokens == sum(len(r.trained) for r in rows)
+    wanted, got = gradients(plain), gradients(job)
+    assert set(got) == set(wanted)
+    assert max(float(g.abs().max()) for g in wanted.values()) > 1e-3
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient, rtol=0, atol=1e-5)
+
+
+def test_on_policy_the_loss_is_minus_the_mean_advantage_and_nothing_is_clipped(base: Path) -> None:
+    job = TrainJob(base, PARAMS, seed=1)
+    batch = sample_batch(job, seed=0)
+    credit = [c for c in alternating_credit(batch) if c.component == "policy"]
+    metrics = job.update(batch, credit, 0)
+    assert metrics.loss == pytest.approx(-sum(c.advantage for c in credit) / len(credit), abs=1e-4)
+    assert metrics.kl == pytest.approx(0, abs=1e-6)
+    assert metrics.ess == pytest.approx(1, abs=1e-4)
+    assert metrics.clip_fraction == 0
+    assert 0 < metrics.entropy < 6
+    assert metrics.grad_norm > 0
+
+
+def test_the_order_of_inputs_does_not_change_a_byte(base: Path) -> None:
+    jobs = [TrainJob(base, PARAMS, seed=1) for _ in range(2)]
+    batch = sample_batch(jobs[0], seed=0)
+    jobs[0].update(batch, alternating_credit(batch), 0)
+    jobs[1].update(dict(reversed(batch.items())), alternating_credit(batch)[::-1], 0)
+    assert jobs[0].checkpoint() == jobs[1].checkpoint()
+
+
+def test_two_processes_give_the_same_bytes(base: Path) -> None:
+    program = (
+        "import sys, pathlib, torch\n"
+        "from bascule.trainers.loop import TrainJob\n"
+        "from bascule.trainers.lora import adapter_hash\n"
+        "from tests.trainers.bandit import PARAMS, alternating_credit, sample_batch\n"
+        "torch.set_num_threads(1)\n"
+        "job = TrainJob(pathlib.Path(sys.argv[1]), {**PARAMS, 'num_iterations': 2}, seed=1)\n"
+        "for i in range(2):\n"
+        "    batch = sample_batch(job, seed=i)\n"
+        "    job.update(batch, alternating_credit(batch), i)\n"
+        "print(adapter_hash(job.adapter_files()))\n"
+    )
+    root = Path(__file__).parents[2]
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(base)],
+            cwd=root,
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(root)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for seed in ("1", "2")
+    ]
+    hashes = [run.communicate()[0].strip() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    assert len(hashes[0]) == 64
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize("algorithm", [Grpo(), BestOfN()])
+def test_every_algorithm_raises_the_probability_of_the_rewarded_token(base: Path, algorithm: Algorithm) -> None:
+    before, after = play_bandit(base, algorithm, updates=8)
+    assert after > 2 * before
+
+
+def test_several_steps_on_a_batch_clip_what_has_moved_away(base: Path) -> None:
+    job = TrainJob(base, {**PARAMS, "learning_rate": 3e-2, "num_iterations": 4}, seed=1)
+    batch = sample_batch(job, seed=0)
+    metrics = job.update(batch, alternating_credit(batch), 0)
+    assert metrics.optimizer_steps == 4
+    assert metrics.clip_fraction > 0
+    assert metrics.kl == pytest.approx(0, abs=1e-6)  # of the sampler from the policy before the update
+
+
+def test_the_kl_penalty_keeps_the_policy_near_the_base(base: Path) -> None:
+    def drift(beta: float) -> float:
+        # One batch again and again, so the guards against stale samples are put out of the way.
+        job = TrainJob(base, {**PARAMS, "learning_rate": 1e-2, "beta": beta, "max_kl": 99, "max_ratio": 1e9}, seed=1)
+        batch = sample_batch(job, seed=0)
+        credit = [c for c in alternating_credit(batch) if c.component == "policy"]
+        for i in range(5):
+            job.update(batch, credit, i)
+        before, after = (gap(job, batch, credit, off) for off in (True, False))
+        return float((after - before).square().mean())
+
+    def gap(job: TrainJob, batch: Mapping[str, Trajectory], credit: list[Credit], off: bool) -> torch.Tensor:
+        rows = [(r.tokens, r.temperature) for r in batch_rows(credit, batch)]
+        with torch.no_grad():
+            if not off:
+                return plain_logprobs(job.model, rows)
+            with job.model.disable_adapter():
+                return plain_logprobs(job.model, rows)
+
+    assert drift(5.0) < drift(0.0) / 2
+
+
+def test_a_batch_without_credit_changes_no_weight_but_counts(base: Path) -> None:
+    job = TrainJob(base, PARAMS, seed=1)
+    before = job.adapter_files()
+    metrics = job.update(sample_batch(job, seed=0), [], 0)
+    assert (metrics.loss, metrics.trained_tokens, metrics.optimizer_steps) == (0, 0, 0)
+    assert job.update({}, [], 1).trained_tokens == 0
+    assert job.iteration == 2
+    assert job.adapter_files() == before
+
+
+def test_an_iteration_is_never_done_twice_or_skipped(base: Path) -> None:
+    job = TrainJob(base, PARAMS, seed=1)
+    job.update({}, [], 0)
+    for wrong in (0, 2):
+        with pytest.raises(TrainError, match="the next one is 1"):
+            job.update({}, [], wrong)
+
+
+@pytest.mark.parametrize(("by", "bound"), [(-12.0, "max_ratio"), (12.0, "max_ratio"), (-2.0, "max_kl")])
+def test_samples_of_another_policy_are_refused_with_the_figures(base: Path, by: float, bound: str) -> None:
+    job = TrainJob(base, PARAMS, seed=1)
+    before = job.adapter_files()
+    batch = {t: shifted(x, by) for t, x in sample_batch(job, seed=0).items()}
+    with pytest.raises(TrainError, match=bound):
+        job.update(batch, alternating_credit(batch), 0)
+    assert job.adapter_files() == before
+
+
+def test_weights_that_are_not_numbers_stop_the_update(base: Path) -> None:
+    job = TrainJob(base, PARAMS, seed=1)
+    batch = sample_batch(job, seed=0)
+    with torch.no_grad():
+        next(p for p in job.model.parameters() if p.requires_grad).fill_(torch.nan)
+    with pytest.raises(TrainError, match="loss is nan"):
+        job.update(batch, alternating_credit(batch), 0)
+
+
+def test_a_parent_adapter_is_continued_with_its_own_rank(base: Path, parent: dict[str, bytes]) -> None:
+    job = TrainJob(base, {**PARAMS, "lora_r": 16}, seed=9, parent_adapter=parent)
+    assert job.adapter_files() == parent
+    assert adapter_hash(job.adapter_files()) == adapter_hash(parent)
+
+
+def test_schedules_warm_up_and_fall_to_zero_after_the_last_step() -> None:
+    def rates(**params: Any) -> list[float]:
+        p = train_params({"learning_rate": 1.0, "steps": 2, "num_iterations": 2, **params})
+        return [round(scheduled_rate(p, step), 6) for step in range(5)]
+
+    assert rates() == [1, 1, 1, 1, 1]
+    assert rates(warmup_steps=2) == [0.5, 1, 1, 1, 1]
+    assert rates(lr_scheduler_type="linear") == [1, 0.75, 0.5, 0.25, 0]
+    assert rates(lr_scheduler_type="cosine") == [1, 0.853553, 0.5, 0.146447, 0]
+
+
+@pytest.mark.parametrize(
+    "bad", [{"learning_rate": 0}, {"epsilon": "wide"}, {"lora_r": 1.5}, {"lr_scheduler_type": "x"}]
+)
+def test_hyperparameters_out_of_range_are_refused_by_name(bad: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        train_params(bad)
+    assert train_params({"groups": 32}).steps == 1
