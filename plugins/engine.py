@@ -79,6 +79,10 @@ class Engine(Protocol):
         """Make a LoRA adapter (PEFT's layout) available under ``name`` without a restart; idempotent by name."""
         ...
 
+    async def unload_adapter(self, name: str) -> None:
+        """Free an adapter that nobody asks for any more; harmless if it is not loaded."""
+        ...
+
     async def sample(self, request: SampleRequest) -> Sampled:
         """Sample ``request.n`` outputs. Concurrent calls are batched.
 

@@ -40,7 +40,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
         lever, algorithm, edit: what was tried; None for the first.
         outcome: what came of it; ``failed`` covers TrainFailed and AuthorFailed.
         gate: the gate's figures on dev.
-        train: landscape over train; ``train_event`` is the id of the event that holds it.
+        train: landscape over train; ``train_event`` names the event that holds it, as :class:`Evidence` does.
     """
 
     generation: int

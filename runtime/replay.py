@@ -203,8 +203,6 @@ def explain(events: Sequence[Recorded], step: int) -> Explanation:
         chosen_id=found.envelope.id,
         seq=found.seq,
         producer=f"{producer.service} {producer.version} ({producer.hash})",
-        evidence=tuple(
-            (e.name, e.value, by_id[e.event].subject if e.event in by_id else e.event) for e in found.data.evidence
-        ),
+        evidence=tuple((e.name, e.value, e.event) for e in found.data.evidence),
         causes=tuple(causes),
     )

@@ -102,13 +102,11 @@ class Step(msgspec.Struct, kw_only=True):
 
     number: int
     lever: ev.LeverChosen | None = None
-    lever_id: str = ""
     harness: ev.HarnessProposed | None = None
     author_failed: ev.AuthorFailed | None = None
     training: Training | None = None
     candidate: ev.CandidateProposed | None = None
     gate: ev.CandidatePromoted | ev.CandidateRejected | None = None
-    gate_id: str = ""
 
 
 class RunState(msgspec.Struct, kw_only=True):
@@ -184,11 +182,11 @@ class RunState(msgspec.Struct, kw_only=True):
             outcome=outcome,
             reason=failed.reason if failed else "",
             gate=step.gate.figures if step.gate else None,
-            gate_event=step.gate_id or None,
+            gate_event=f"candidate.g{step.number:02d}.gate" if step.gate else None,
             train=train.completed.landscape if train and train.completed else None,
-            train_event=train.completed_id if train and train.completed else None,
+            train_event=f"eval.g{step.number:02d}-train.completed" if train and train.completed else None,
             dev=dev.completed.landscape if dev and dev.completed else None,
-            dev_event=dev.completed_id if dev and dev.completed else None,
+            dev_event=f"eval.g{step.number:02d}-dev.completed" if dev and dev.completed else None,
         )
 
     def digest(self) -> bytes:
@@ -238,11 +236,9 @@ class RunState(msgspec.Struct, kw_only=True):
             case ev.CandidateProposed():
                 self.step(data.generation).candidate = data
             case ev.CandidatePromoted() | ev.CandidateRejected():
-                step = self.step(data.generation)
-                step.gate, step.gate_id = data, event.envelope.id
+                self.step(data.generation).gate = data
             case ev.LeverChosen():
-                step = self.step(data.generation)
-                step.lever, step.lever_id = data, event.envelope.id
+                self.step(data.generation).lever = data
             case ev.EpisodesRequested() | ev.TrajectoryLogged() | ev.TrajectoryScored() | ev.EvaluationCompleted():
                 self._apply_evaluation(event, data)
             case ev.TrainRequested():

@@ -27,7 +27,7 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):
-    """A figure that the decision looked at, and the event that it stands in."""
+    """A figure that the decision looked at, and the event that it stands in: its subject without ``bascule.<run>.``."""
 
     name: str
     value: float

@@ -82,6 +82,12 @@ class EngineError(BasculeError):
     code = "bascule.engine"
 
 
+class PromptError(EngineError):
+    """The prompt itself is to blame: too long, or refused by the chat template. The harness is told."""
+
+    code = "bascule.engine.prompt"
+
+
 class TrainError(BasculeError):
     """A training request cannot be carried out."""
 

@@ -556,4 +556,3 @@ def main() -> None:
             raise
         typer.echo(f"bascule: {known[0]}", err=True)
         sys.exit(Exit.USAGE)
-

@@ -135,6 +135,13 @@ class Adapters:
                 next_step="Give every version of an adapter a name of its own.",
             )
 
+    def remove(self, name: str) -> None:
+        """Forget an adapter; harmless if it is not known. Not safe while the model computes."""
+        if name == self._active:
+            self.activate(None)
+        self._known.pop(name, None)
+        self._merged.pop(name, None)
+
     @torch.inference_mode()
     def activate(self, name: str | None) -> None:
         """Put the weights of an adapter, or of the base model, in place. Not safe while the model computes."""

@@ -45,6 +45,9 @@ class CassetteEngine:
     async def load_adapter(self, name: str, folder: Path) -> None:
         del name, folder
 
+    async def unload_adapter(self, name: str) -> None:
+        del name
+
     async def sample(self, request: SampleRequest) -> Sampled:
         call = self._calls.get((request.trajectory, request.call))
         if call is None:

@@ -25,6 +25,9 @@ class ConstantEngine:
     async def load_adapter(self, name: str, folder: Path) -> None:
         del name, folder
 
+    async def unload_adapter(self, name: str) -> None:
+        del name
+
     async def sample(self, request: SampleRequest) -> Sampled:
         output = Output(token_ids=b"", logprobs=b"", text=self._text)
         return Sampled(prompt_ids=(), outputs=(output,) * request.n)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from bascule.plugins.engine import Engine, EngineInfo, Message, Sampled, SampleRequest
-from bascule.schemas.errors import BasculeError, ConfigError, EngineError
+from bascule.schemas.errors import BasculeError, ConfigError, EngineError, PromptError
 from bascule.schemas.trajectory import Output
 from bascule.trainers.base_model import DEFAULT_MODEL
 
@@ -130,7 +130,7 @@ class TransformersEngine:
             return tuple(self._tokenizer.encode(prompt))
         if not self._tokenizer.chat_template:
             what = f"The model {self.model_name!r} has no chat template."
-            raise EngineError(what, next_step="Use completion calls, or an instruct model.")
+            raise PromptError(what, next_step="Use completion calls, or an instruct model.")
         messages = [{"role": m.role, "content": m.content} for m in prompt]
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
@@ -144,6 +144,10 @@ class TransformersEngine:
         """See the protocol; raises EngineError for an unusable folder, or other content under a loaded name."""
         self._started()
         await self._off_loop(partial(self._read_adapter, name, folder))
+
+    async def unload_adapter(self, name: str) -> None:
+        self._started()
+        await self._off_loop(partial(self._adapters.remove, name))
 
     async def sample(self, request: SampleRequest) -> Sampled:
         self._started()
@@ -170,12 +174,12 @@ class TransformersEngine:
                 next_step="Load the adapter before it is asked for.",
             )
         if size + wanted > self._context:
-            raise EngineError(
+            raise PromptError(
                 f"{who} has {size} prompt tokens and asks for {wanted} more: over the context of {self._context}.",
                 next_step="Shorten the prompt or lower max_tokens.",
             )
         if not size or request.n < 1:
-            raise EngineError(
+            raise PromptError(
                 f"{who} has {size} prompt tokens and asks for {request.n} samples.",
                 next_step="Ask for at least one sample of a prompt that is not empty.",
             )

@@ -17,7 +17,7 @@ from bascule.plugins.engine import Engine, Message, SampleRequest, asked
 from bascule.runtime.episodes.episode import Limits, Outcome, StopEpisode
 from bascule.runtime.episodes.host import EpisodeProcessError
 from bascule.runtime.episodes.pool import HarnessPool
-from bascule.schemas.errors import BasculeError, EngineError
+from bascule.schemas.errors import BasculeError, PromptError
 from bascule.schemas.harness import Harness
 from bascule.schemas.trajectory import (
     EpisodeError,
@@ -34,9 +34,6 @@ Tool = Callable[[dict[str, Any]], Awaitable[str]]
 """A tool of a task: JSON arguments in, text out; an exception is the tool's error, and the harness is told."""
 
 ErrorKind = Literal["crash", "timeout", "output-limit", "call-limit", "protocol", "no-answer", "engine"]
-
-PROMPT_REFUSED = "bascule.engine.prompt"
-"""Code of an :class:`EngineError` that blames the prompt: the harness is told. Any other ends the episode unscored."""
 
 OVERALL_SECONDS = 3600.0
 MAX_ANSWER = 16 * 1024
@@ -215,7 +212,7 @@ class _Broker:
             sampled = await self._engine.sample(sample)
         except Exception as e:
             reason = _reason(e)
-            if isinstance(e, EngineError) and e.code == PROMPT_REFUSED:
+            if isinstance(e, PromptError):
                 self._steps.append(Note(text=f"The model refused a prompt: {reason}"))
                 return msgspec.json.encode({"error": reason})
             raise self._stop("engine", reason) from None

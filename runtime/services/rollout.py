@@ -98,10 +98,19 @@ class Rollout:
                 data = await asyncio.to_thread(view.blobs.get, ref)
                 await asyncio.to_thread((Path(folder) / name).write_bytes, data)
             await engine.load_adapter(served_name(view.run, adapter), Path(folder))
+        await self._unload_superseded(view, engine, adapter)
         if adapter not in view.state.served:
             served = AdapterServed(adapter=adapter, sha256=found.sha256, engine=view.world.config.engine.name)
             subject = subjects.adapter_served(view.run, adapter)
             await view.append(NAME, [Draft(subject=subject, step=int(adapter[1:3]), data=served)])
+
+    async def _unload_superseded(self, view: View, engine: Engine, adapter: str) -> None:
+        """Within a job nobody samples with earlier checkpoints: a newer one exists because their episodes are done."""
+        job = adapter.split("-", maxsplit=1)[0]
+        for name, identity in list(self._loaded):
+            if identity == str(id(engine)) and name.startswith(f"{job}-") and name < adapter:
+                del self._loaded[name, identity]
+                await engine.unload_adapter(served_name(view.run, name))
 
     async def _shard(self, view: View, pool: HarnessPool, item: WorkItem) -> None:
         request = item.event.data

@@ -16,7 +16,7 @@ from bascule.plugins.engine import EngineInfo, Message, Sampled, SampleRequest, 
 from bascule.runtime.episodes import broker
 from bascule.runtime.episodes.broker import EpisodeSpec, Tool, call_seed, run_episode
 from bascule.runtime.episodes.pool import HarnessPool
-from bascule.schemas.errors import EngineError
+from bascule.schemas.errors import EngineError, PromptError
 from bascule.schemas.harness import Harness, make_harness
 from bascule.schemas.trajectory import (
     ModelCall,
@@ -32,12 +32,6 @@ from bascule.schemas.trajectory import (
 )
 
 GOOD = "return model.chat([{'role': 'user', 'content': example['question']}])[0].text"
-
-
-class PromptTooLong(EngineError):
-    """The engine's complaint about a prompt."""
-
-    code = broker.PROMPT_REFUSED
 
 
 class CannedEngine:
@@ -233,7 +227,7 @@ async def test_an_engine_that_never_answers_is_not_the_harness_s_failure(
 
 
 async def test_a_refused_prompt_is_the_harness_s_to_handle(pool: HarnessPool) -> None:
-    bench = Bench(pool, CannedEngine(PromptTooLong("The prompt is too long.")))
+    bench = Bench(pool, CannedEngine(PromptError("The prompt is too long.")))
     trajectory = await bench("try:\n    model.complete('a')\nexcept ModelError as e:\n    return str(e)")
     assert trajectory.answer == "The prompt is too long."
     assert trajectory.steps == (Note(text="The model refused a prompt: The prompt is too long."),)
