@@ -123,8 +123,8 @@ class Arith:
     def harness(self) -> dict[str, str]:
         return reference_files(
             name="chat",
-            system_prompt="You are a calculator. Answer with the number only.",
-            params={"form": "chat", "extract": "last_integer", "max_tokens": 24},
+            system_prompt="Answer the question.",
+            params={"form": "chat", "extract": "last_integer", "max_tokens": 12},
         )
 
     def tools(self) -> Mapping[str, Callable[[dict[str, Any]], Awaitable[str]]]:
