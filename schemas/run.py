@@ -68,7 +68,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
     gate: GateConfig = GateConfig()
     algorithms: dict[str, dict[str, Any]] = {}
     shard_size: Annotated[int, msgspec.Meta(ge=1, le=32)] = 32
-    concurrency: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64
+    concurrency: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 256
     threads: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
 
 

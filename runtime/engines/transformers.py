@@ -35,7 +35,7 @@ class Params(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """What a configuration may set.
 
     Attributes:
-        gather_ms: how long an idle engine waits for more calls before it computes.
+        gather_ms: how long calls must have paused before an idle engine computes.
         rows: most samples that decode together.
         tokens: most tokens of one prefill pass.
         kv_mib: most MiB of keys and values of samples that decode together.
@@ -44,7 +44,7 @@ class Params(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         threads: threads of torch; None leaves its own choice.
     """
 
-    gather_ms: float = 5.0
+    gather_ms: float = 15.0
     rows: int = 256
     tokens: int = 1024
     kv_mib: int = 384
@@ -187,7 +187,7 @@ class TransformersEngine:
     async def _dispatch(self) -> None:
         while True:
             await self._wake.wait()
-            await asyncio.sleep(self.params.gather_ms / 1000)
+            await self._gather()
             while self._queues:
                 # Each adapter gives one batch in its turn, so that a long queue delays the others by one batch only.
                 adapter, queue = self._queues.popitem(last=False)
@@ -197,6 +197,15 @@ class TransformersEngine:
                 if batch:
                     await self._answer(adapter, batch)
             self._wake.clear()
+
+    async def _gather(self) -> None:
+        """Wait until requests have paused for ``gather_ms``: episodes start one by one, and one batch beats many."""
+        asked = -1
+        while asked < (now := sum(call.request.n for queue in self._queues.values() for call in queue)):
+            if now >= self.params.rows:
+                return
+            asked = now
+            await asyncio.sleep(self.params.gather_ms / 1000)
 
     def _take(self, queue: list[_Call]) -> list[tuple[_Call, int]]:
         """Remove from a queue what makes one batch: calls, and the indices of their rows."""
