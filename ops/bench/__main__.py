@@ -7,7 +7,7 @@ import importlib
 
 from ops.bench.report import show
 
-BENCHES = ("engine",)
+BENCHES = ("engine", "loop")
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ def question(row: Row) -> str:
         ("Destination", "" if row["Destination"] == "TRAPPIST-1e" else row["Destination"]),
         *((name, "" if whole[name] == "0" else whole[name]) for name in SPENDING),
     ]
-    return ", ".join([*(f"{name} {value}" for name, value in fields if value), f"{ANSWER}:"])
+    return ", ".join(f"{name} {value}" for name, value in fields if value) + f". {ANSWER} (True or False)?"
 
 
 def cryosleep_rule(example: Example) -> str:
@@ -114,7 +114,7 @@ class Spaceship:
                 "You are given the record of one passenger of the Spaceship Titanic. "
                 "Was this passenger transported? Answer True or False only."
             ),
-            params={"form": "chat", "extract": {"choice": list(ANSWERS)}, "max_tokens": 8},
+            params={"form": "chat", "extract": {"choice": list(ANSWERS)}, "max_tokens": 4},
         )
 
     def tools(self) -> Mapping[str, Callable[[dict[str, Any]], Awaitable[str]]]:
@@ -131,6 +131,8 @@ class Spaceship:
 
     def defaults(self) -> dict[str, Any]:
         return {
-            "evaluation": {"dev_examples": 200, "train_groups": 32, "train_samples": 8},
-            "max_generations": 4,
+            "evaluation": {"dev_examples": 300, "train_groups": 32, "train_samples": 8},
+            "max_generations": 3,
+            # One word an answer: the policy is nearly deterministic after ten updates and learns little from then on.
+            "algorithms": {"grpo": {"steps": 12, "groups": 64, "num_generations": 8, "learning_rate": 3e-4}},
         }

@@ -135,6 +135,11 @@ class TransformersEngine:
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        self._started()
+        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
     def forget(self) -> None:
         """Drop the kept prefixes, so that a benchmark starts cold. Call while nothing is asked."""
         self._started()
