@@ -15,6 +15,7 @@ import os
 import platform
 import shutil
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,10 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _END_OF_TEXT = ("<|im_end|>", "<|endoftext|>")
 _LAYOUT = "1"  # a converted folder of another layout is not reused
 _WANTED = f"Name a local Hugging Face folder with config.json and *.safetensors, or use {DEFAULT_MODEL!r}."
+
+
+#: Held while transformers or peft is imported or loads: their lazy modules are not safe to import from two threads.
+IMPORTS = threading.RLock()
 
 
 def resolve_model(model: str = DEFAULT_MODEL) -> Path:
@@ -172,6 +177,12 @@ def _first_line(error: Exception) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[Any]:
     """Yield transformers, without its network, warnings and progress bars."""
+    with IMPORTS, _silenced() as transformers:
+        yield transformers
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[Any]:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bascule.schemas.errors import TrainError
+from bascule.trainers.base_model import IMPORTS
 from bascule.trainers.tensorfile import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def attach_lora(base: torch.nn.Module, r: int, lora_alpha: float, seed: int) -> 
     A is drawn from ``seed``, whatever the state of torch's generators; B is 0, so the model's outputs do not change.
     There is no dropout: it would make the trainer's log-probabilities differ from the sampler's.
     """
-    from peft import LoraConfig, get_peft_model
+    with IMPORTS:
+        from peft import LoraConfig, get_peft_model
 
     base.requires_grad_(False)
     config = LoraConfig(

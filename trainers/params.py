@@ -55,7 +55,7 @@ class TrainParams(msgspec.Struct, frozen=True, kw_only=True):
     beta: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     lora_r: Count = 16
     lora_alpha: Positive = 32.0
-    max_nodes: Count = 1024
+    max_nodes: Count = 2048
     max_kl: Positive = 0.5
     max_ratio: Positive = 1e4
 

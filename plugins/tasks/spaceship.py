@@ -132,7 +132,7 @@ class Spaceship:
     def defaults(self) -> dict[str, Any]:
         return {
             "evaluation": {"dev_examples": 300, "train_groups": 32, "train_samples": 8},
-            "max_generations": 3,
+            "max_generations": 2,
             # One word an answer: the policy is nearly deterministic after ten updates and learns little from then on.
-            "algorithms": {"grpo": {"steps": 12, "groups": 64, "num_generations": 8, "learning_rate": 3e-4}},
+            "algorithms": {"grpo": {"steps": 10, "groups": 48, "num_generations": 8, "learning_rate": 3e-4}},
         }

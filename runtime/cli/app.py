@@ -69,15 +69,30 @@ def _print_json(value: object) -> None:
 
 
 def _execute(work: Coroutine[Any, Any, T]) -> T:
-    """Run a command's coroutine; a SIGTERM drains it as Ctrl-C does."""
+    """Run a command's coroutine; SIGINT and SIGTERM end it without waiting for what computes in threads."""
     import signal
 
+    stopped: list[int] = []
+
+    def stop(number: int, task: asyncio.Task[Any]) -> None:
+        stopped.append(number)
+        task.cancel()
+
     async def drained() -> T:
-        loop = asyncio.get_running_loop()
         task = asyncio.current_task()
         assert task is not None
-        loop.add_signal_handler(signal.SIGTERM, task.cancel)
-        return await work
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stop, number, task)
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if not stopped:
+                raise
+            # Nothing is lost: the log holds what was done, and a training step that still computes is not part of it.
+            sys.stderr.write("\nStopped. `bascule resume RUN` goes on from the log.\n")
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(128 + stopped[0])
 
     return asyncio.run(drained())
 
@@ -536,22 +551,15 @@ def main() -> None:
     debug = "--debug" in sys.argv or os.environ.get("BASCULE_DEBUG") == "1"
     try:
         app(standalone_mode=True)
-    except KeyboardInterrupt:
-        sys.stderr.write("\nStopped. `bascule resume RUN` goes on from the log.\n")
-        sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(Exit.SAME)
-    except (asyncio.CancelledError, BaseExceptionGroup, BasculeError, OSError) as error:
+    except (BaseExceptionGroup, BasculeError, OSError) as error:
         if debug:
             raise
         from bascule.runtime.cli.launch import leaves
 
-        causes = [c for c in leaves(error) if not isinstance(c, asyncio.CancelledError)]
-        if not causes:
-            sys.stderr.write("\nStopped. `bascule resume RUN` goes on from the log.\n")
-            sys.exit(143)
-        known = [c for c in causes if isinstance(c, BasculeError | OSError)]
+        known = [c for c in leaves(error) if isinstance(c, BasculeError | OSError)]
         if not known:
             raise
         typer.echo(f"bascule: {known[0]}", err=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from bascule.schemas.errors import EngineError
+from bascule.trainers.base_model import IMPORTS
 
 IMPLEMENTATION = "bascule_shared_rows"
 
@@ -47,7 +48,8 @@ def register(model: Any) -> None:
     Raises:
         EngineError: the model has layers that are not plain full attention.
     """
-    from transformers import AttentionInterface
+    with IMPORTS:
+        from transformers import AttentionInterface
 
     config = model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
