@@ -31,8 +31,12 @@ class AblationRow(msgspec.Struct, frozen=True, kw_only=True):
     baseline: float | None = None
 
 
-def ablation_report(events: Sequence[Recorded], answer: str, baselines: dict[str, float]) -> list[AblationRow]:
-    """Compare each completed ablation with the best candidate's sealed score."""
+def ablation_report(events: Sequence[Recorded], constant: float) -> list[AblationRow]:
+    """Compare each completed ablation with the best candidate's sealed score.
+
+    Args:
+        constant: what the constant answer scores without any harness.
+    """
     state = RunState(run=events[0].envelope.run)
     for event in events:
         state.apply(event)
@@ -58,16 +62,16 @@ def ablation_report(events: Sequence[Recorded], answer: str, baselines: dict[str
         test = paired_test(
             whole, [r[0] for r in evaluation.rewards().values()], seed=seed_of(state.config.seed, "ablation", name)
         )
-        constant = request.arm == "constant-engine"
+        always = request.arm == "constant-engine"
         rows.append(
             AblationRow(
                 arm=request.arm,
-                what=f"every model answer is {answer!r}" if constant else "the base model under the same harness",
+                what=f"every model answer is {request.answer!r}" if always else "the base model under the same harness",
                 score=found.score,
                 interval=found.score_interval,
                 drop=landscape.score - found.score,
                 p=test.p,
-                baseline=baselines.get("constant") if constant else None,
+                baseline=constant if always else None,
             )
         )
     return rows

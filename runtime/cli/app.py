@@ -425,12 +425,11 @@ def ablate(run: Run, home: Home = None, as_json: Json = False, debug: Debug = Fa
 
     async def execute() -> None:
         async with open_store(home_folder(home), exclusive=True) as store:
-            answer = await launch.request_ablations(store, run)
+            constant = await launch.request_ablations(store, run)
             with _progress(as_json) as live:
                 live.skip_to(await store.log.head(f"bascule.{run}.>"))
                 await launch.work(store, run, [live])
-            events = await store.events(run)
-            rows = ablation_report(events, answer, {b.name: b.sealed for b in await _baselines(events)})
+            rows = ablation_report(await store.events(run), constant)
         _print_json(rows) if as_json else show_ablation(rows, _console())
 
     _execute(execute())

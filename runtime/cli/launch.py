@@ -13,10 +13,11 @@ import structlog
 
 from bascule.plugins.loader import Plugins, code_hash, plugins
 from bascule.plugins.tasks.splits import best_constant
+from bascule.runtime.baselines import score_constant
 from bascule.runtime.cli.store import Store
 from bascule.runtime.runner import Service, View, serve
 from bascule.runtime.services.catalog import SERVICES
-from bascule.runtime.world import World, merged, plain, task_digest
+from bascule.runtime.world import World, merged, plain, task_digest, world_of
 from bascule.schemas import subjects
 from bascule.schemas.envelope import Draft, Producer, Recorded
 from bascule.schemas.errors import BasculeError, ConfigError
@@ -212,8 +213,11 @@ async def watch(store: Store, run: str, listeners: Sequence[Listener]) -> None:
     await view_of(store, run, listeners).follow([])
 
 
-async def request_ablations(store: Store, run: str) -> str:
-    """Ask for the two ablations of a completed run; asking again is harmless. Returns the constant answer.
+async def request_ablations(store: Store, run: str) -> float:
+    """Ask for the two ablations of a completed run; asking again is harmless.
+
+    Returns:
+        What the constant answer scores on the sealed split without any harness.
 
     Raises:
         ConfigError: the run is not completed, or promoted no adapter.
@@ -225,8 +229,6 @@ async def request_ablations(store: Store, run: str) -> str:
     if not isinstance(state.end, RunCompleted):
         raise ConfigError(f"The run {run} is not completed.", next_step=f"`bascule resume {run}` goes on with it.")
     assert state.started is not None
-    from bascule.runtime.world import world_of
-
     world = world_of(plugins(), state.started)
     answer = best_constant(world.public)
     best = state.end.best
@@ -237,7 +239,7 @@ async def request_ablations(store: Store, run: str) -> str:
         arms.append(AblationRequested(name="no-adapter", arm="no-adapter", generation=best))
     for arm in arms:
         await view.append("cli", [Draft(subject=subjects.ablation_requested(run, arm.name), step=best, data=arm)])
-    return answer
+    return await score_constant(world, answer)
 
 
 async def serve_forever(store: Store, service: str, only: str | None, say: Callable[[str], None]) -> None:
