@@ -138,7 +138,7 @@ class TransformersEngine:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""
         self._started()
-        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
     def forget(self) -> None:
         """Drop the kept prefixes, so that a benchmark starts cold. Call while nothing is asked."""
