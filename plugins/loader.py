@@ -13,7 +13,7 @@ import msgspec
 import pluggy
 
 from bascule.plugins import hookspecs
-from bascule.plugins.registry import Registry
+from bascule.plugins.registry import NameTaken, Registry
 from bascule.schemas.errors import PluginError
 from bascule.schemas.run import PluginPin
 
@@ -148,9 +148,9 @@ def load_plugins() -> Plugins:
                 raise PluginError(f"it is made for plugin API {api}, and this is API {hookspecs.API}.")
             code = _hash(entry, module)
             provides = _register(manager, registry, module, owner)
-        except Exception as e:
-            if isinstance(e, PluginError) and "Two plugins register" in e.message:
-                raise
+        except NameTaken:
+            raise
+        except (Exception, SystemExit) as e:
             error = f"{type(e).__name__}: {e}"
             if os.environ.get("BASCULE_PLUGINS_STRICT") == "1":
                 raise PluginError(

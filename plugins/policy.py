@@ -73,7 +73,6 @@ class PolicyInput(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         generation: the one to be chosen.
         best: generation of the promoted candidate.
-        logprobs: whether the engine gives behaviour log-probabilities.
     """
 
     generation: int
@@ -82,7 +81,6 @@ class PolicyInput(msgspec.Struct, frozen=True, kw_only=True):
     history: tuple[Generation, ...]
     best: int
     algorithms: tuple[AlgorithmInfo, ...]
-    logprobs: bool = True
     edits_left: int | None = None
 
 

@@ -14,6 +14,12 @@ from bascule.schemas.errors import ConfigError, PluginError
 T = TypeVar("T")
 
 
+class NameTaken(PluginError):
+    """Two plugins claim one name."""
+
+    code = "bascule.plugin.name_taken"
+
+
 class Kind(Generic[T]):
     """The registered objects of one kind."""
 
@@ -27,10 +33,10 @@ class Kind(Generic[T]):
         """Register ``item``.
 
         Raises:
-            PluginError: the name is taken; names both owners.
+            NameTaken: names both owners.
         """
         if name in self.items:
-            raise PluginError(
+            raise NameTaken(
                 f"Two plugins register the {self.name} {name!r}: {self.owners[name]} and {owner}.",
                 next_step="Uninstall one of them, or block it with BASCULE_PLUGINS.",
             )

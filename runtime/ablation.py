@@ -37,9 +37,7 @@ def ablation_report(events: Sequence[Recorded], constant: float) -> list[Ablatio
     Args:
         constant: what the constant answer scores without any harness.
     """
-    state = RunState(run=events[0].envelope.run)
-    for event in events:
-        state.apply(event)
+    state = RunState.of(events[0].envelope.run, events)
     assert isinstance(state.end, ev.RunCompleted)
     best = state.evaluations[f"g{state.end.best:02d}-sealed"]
     whole = [r[0] for r in best.rewards().values()]

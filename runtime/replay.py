@@ -15,7 +15,15 @@ from bascule.runtime.world import World, world_of
 from bascule.schemas.codec import canonical, decision_hash
 from bascule.schemas.envelope import Draft, Recorded, Unknown
 from bascule.schemas.errors import BasculeError, NotFound
-from bascule.schemas.events import AdapterPublished, BlobRef, Data, LeverChosen, RunStarted, TrajectoryLogged
+from bascule.schemas.events import (
+    AdapterPublished,
+    BlobRef,
+    Data,
+    LeverChosen,
+    RunCompleted,
+    RunStarted,
+    TrajectoryLogged,
+)
 
 
 class Difference(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,7 +110,7 @@ def replay(run: str, events: Sequence[Recorded], plugins: Plugins) -> ReplayResu
             raise NotFound(f"The log of {run} does not begin with its start.", next_step="Run `bascule verify`.")
         for decide in DECIDE.values():
             expected |= {d.subject: d for d in decide(state, event, world)}
-    if state.end is not None:
+    if isinstance(state.end, RunCompleted):
         differences += [
             Difference(subject=d.subject, seq=None, path="", recorded=None, replayed=d.data.TYPE)
             for d in expected.values()
@@ -125,7 +133,7 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def blobs_of(event: Recorded) -> list[BlobRef]:
-    """The blobs that an event names and that are kept: of a training job those of its newest checkpoint."""
+    """The blobs that an event names and that are kept for good; checkpoints are not, their last is published."""
     match event.data:
         case TrajectoryLogged(blob=BlobRef() as blob):
             return [blob]

@@ -73,6 +73,11 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     picture: str | None = None
 
 
+#: A generation lasts from its lever (or the run's start) to its gate or failure.
+IN_THE_LOOP = (
+    *(ev.RunStarted, ev.LeverChosen, ev.AdapterCheckpointed),
+    *(ev.CandidatePromoted, ev.CandidateRejected, ev.AuthorFailed, ev.TrainFailed),
+)
 ARMS = {
     ("harness",): "harness only (control arm)",
     ("weights",): "weights only (control arm)",
@@ -102,16 +107,15 @@ def _reason(state: RunState) -> str:
 
 def report(events: Sequence[Recorded], baselines: Iterable[BaselineRow] = ()) -> RunReport:
     """Fold a run's events into its report."""
-    state = RunState(run=events[0].envelope.run)
-    for event in events:
-        state.apply(event)
+    state = RunState.of(events[0].envelope.run, events)
     tokens: dict[int, int] = {}
     for evaluation in state.evaluations.values():
         spent = sum(logged.prompt_tokens + logged.output_tokens for logged in evaluation.logged.values())
         if evaluation.request.purpose not in ("report", "ablation"):
             generation = evaluation.request.generation
             tokens[generation] = tokens.get(generation, 0) + spent
-    total = sum(x.prompt_tokens + x.output_tokens for e in state.evaluations.values() for x in e.logged.values())
+    reported = [e for e in state.evaluations.values() if e.request.purpose != "ablation"]
+    total = sum(x.prompt_tokens + x.output_tokens for e in reported for x in e.logged.values())
     rows = []
     history = {g.generation: g for g in state.history()}
     for number, step in sorted(state.steps.items()):
@@ -119,8 +123,7 @@ def report(events: Sequence[Recorded], baselines: Iterable[BaselineRow] = ()) ->
             continue
         known = history.get(number)
         figures = known.gate if known else None
-        # A generation lasts from its lever (or the run's start) to its gate; later events of the step are the report's.
-        marks = [e.envelope.time for e in events if e.envelope.step == number and _is_loop(e)]
+        marks = [e.envelope.time for e in events if e.envelope.step == number and isinstance(e.data, IN_THE_LOOP)]
         rows.append(
             GenerationRow(
                 generation=number,
@@ -142,7 +145,7 @@ def report(events: Sequence[Recorded], baselines: Iterable[BaselineRow] = ()) ->
             )
         )
     config = state.config
-    times = [e.envelope.time for e in events]
+    times = [e.envelope.time for e in events if not e.subject.split(".")[3].startswith("abl-")]
     return RunReport(
         run=state.run,
         status=_status(state),
@@ -161,16 +164,6 @@ def report(events: Sequence[Recorded], baselines: Iterable[BaselineRow] = ()) ->
         seconds=_seconds(min(times), max(times)),
         events=state.events,
         decision_hash=decision_hash(events),
-    )
-
-
-def _is_loop(event: Recorded) -> bool:
-    purpose = getattr(event.data, "purpose", None)
-    evaluation = getattr(event.data, "evaluation", "")
-    return (
-        purpose not in ("report", "ablation")
-        and not str(evaluation).endswith("-sealed")
-        and "abl-" not in str(evaluation)
     )
 
 

@@ -148,8 +148,9 @@ class View:
                     listener(event)
                 if event.seq < head:
                     continue
-                for name, drafts in decided.values():
-                    await self.append(name, drafts)
+                if self.state.active:
+                    for name, drafts in decided.values():
+                        await self.append(name, drafts)
                 decided.clear()
                 self._caught_up.set()
                 await self._notify()

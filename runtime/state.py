@@ -6,7 +6,7 @@ left to do is computed from the state, never remembered elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import msgspec
@@ -126,6 +126,14 @@ class RunState(msgspec.Struct, kw_only=True):
     paused: str | None = None
     end: ev.RunCompleted | ev.RunFailed | ev.RunCancelled | None = None
     events: int = 0
+
+    @classmethod
+    def of(cls, run: str, events: Iterable[Recorded]) -> RunState:
+        """Fold events from the start."""
+        state = cls(run=run)
+        for event in events:
+            state.apply(event)
+        return state
 
     # --- reading ---
 

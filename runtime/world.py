@@ -31,11 +31,16 @@ def seed_of(*parts: object) -> int:
 
 
 class World:
-    """The plugins that one run uses."""
+    """The plugins that one run uses.
 
-    def __init__(self, plugins: Plugins, config: RunConfig) -> None:
+    Args:
+        algorithms: those that a recorded run is pinned to; what was installed later is no option of its decisions.
+    """
+
+    def __init__(self, plugins: Plugins, config: RunConfig, algorithms: frozenset[str] | None = None) -> None:
         self.plugins = plugins
         self.config = config
+        self._algorithms = algorithms
 
     @cached_property
     def task(self) -> Task:
@@ -59,6 +64,8 @@ class World:
     def algorithms(self) -> tuple[AlgorithmInfo, ...]:
         """Installed algorithms with the parameters that this run gives them."""
         found = self.plugins.registry.algorithms.items
+        if self._algorithms is not None:
+            found = {name: self.plugins.registry.algorithms.get(name) for name in self._algorithms}
         unknown = sorted(set(self.config.algorithms) - set(found))
         if unknown:
             raise ConfigError(f"There is no algorithm {unknown[0]!r}.", next_step=f"Known: {', '.join(sorted(found))}.")
@@ -115,7 +122,8 @@ def world_of(plugins: Plugins, started: RunStarted) -> World:
     Raises:
         ConfigError: the task's public face is not the one that the run recorded.
     """
-    world = World(plugins, started.config)
+    pinned = frozenset(p.name for p in started.plugins if p.kind == "algorithm")
+    world = World(plugins, started.config, pinned)
     found = task_digest(world.public)
     if found != started.task_digest:
         raise ConfigError(

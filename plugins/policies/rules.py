@@ -131,13 +131,13 @@ def _harness(given: PolicyInput, t: Thresholds) -> Option:
     return Option(lever="harness", score=score, reasons=(f"a plateau: {flat} edit(s) in a row without promotion",))
 
 
-def unmet(info: AlgorithmInfo, landscape: RewardLandscape | None, logprobs: bool) -> tuple[str, ...]:
+def unmet(info: AlgorithmInfo, landscape: RewardLandscape | None) -> tuple[str, ...]:
     """Which requirements fail, on which figure."""
     out = []
     if landscape is None:
         return ("there is no landscape over train",)
-    if "behaviour_logprobs" in info.requires and not logprobs:
-        out.append("the engine gives no log-probabilities")
+    if "behaviour_logprobs" in info.requires and landscape.output_tokens == 0:
+        out.append("the engine gives no tokens with log-probabilities (0 a trajectory)")
     if "reward_variance" in info.requires and landscape.informative == 0:
         out.append(f"no group has differing rewards (0 of {landscape.groups} informative)")
     if "winners" in info.requires and landscape.success_rate == 0:
@@ -149,7 +149,7 @@ def _weights(given: PolicyInput, best: Generation, info: AlgorithmInfo, t: Thres
     name = info.name
     if "weights" not in given.levers:
         return Option(lever="weights", algorithm=name, feasible=False, reasons=("the run leaves the weights alone",))
-    missing = unmet(info, best.train, given.logprobs)
+    missing = unmet(info, best.train)
     if missing or best.train is None:
         return Option(lever="weights", algorithm=name, feasible=False, reasons=missing)
     land = best.train

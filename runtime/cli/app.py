@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from bascule.schemas.errors import BasculeError
+from bascule.schemas.errors import BasculeError, Corrupt, SchemaError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -132,7 +132,6 @@ def run(
 
     With --url the run is only started and followed; `bascule serve` processes do the work.
     """
-    del debug
     from bascule.plugins.loader import plugins
     from bascule.runtime.cli import launch
     from bascule.runtime.cli.store import home_folder, open_store
@@ -162,7 +161,6 @@ def run(
 @app.command()
 def resume(run: Run, home: Home = None, url: Url = None, as_json: Json = False, debug: Debug = False) -> None:
     """Go on with a run that was killed or paused: nothing that the log holds is done again."""
-    del debug
     from bascule.runtime.cli import launch
     from bascule.runtime.cli.store import home_folder, open_store
 
@@ -235,7 +233,6 @@ def broker(
     debug: Debug = False,
 ) -> None:
     """Run the embedded NATS server by itself, for `bascule serve` processes on this machine. Prints its address."""
-    del debug
     from bascule.runtime.cli.store import home_folder
     from bascule.runtime.log.server import EmbeddedServer
 
@@ -264,7 +261,6 @@ def serve(
 
     Any number of rollout and verifier processes share the work. All processes need the same blob folder (--home).
     """
-    del debug
     from bascule.runtime.cli import launch
     from bascule.runtime.cli.store import home_folder, open_store
 
@@ -287,7 +283,6 @@ def status(
     debug: Debug = False,
 ) -> None:
     """What runs there are, and how far they are; also while they run."""
-    del debug
     from bascule.runtime.cli.show import show_report, show_runs
     from bascule.runtime.cli.store import home_folder, open_store
     from bascule.runtime.report import report
@@ -316,7 +311,6 @@ def log(
     debug: Debug = False,
 ) -> None:
     """The events of a run, in order."""
-    del debug
     from bascule.runtime.cli.store import home_folder, open_store
 
     async def execute() -> None:
@@ -346,7 +340,6 @@ def explain(
     debug: Debug = False,
 ) -> None:
     """Why a step pulled this lever and chose this algorithm: figures, options, reasons, causes."""
-    del debug
     from bascule.runtime import replay as audit
     from bascule.runtime.cli.show import show_explanation
     from bascule.runtime.cli.store import home_folder, open_store
@@ -362,12 +355,13 @@ def explain(
 @app.command()
 def replay(run: Run, home: Home = None, url: Url = None, as_json: Json = False, debug: Debug = False) -> None:
     """Make every decision of a run again from the log, and compare. No model, no network. Exit 1 if any differs."""
-    del debug
     from bascule.plugins.loader import plugins
     from bascule.runtime import replay as audit
     from bascule.runtime.cli.store import home_folder, open_store
 
     async def execute() -> int:
+        from rich.markup import escape
+
         async with open_store(home_folder(home), url=url) as store:
             result = audit.replay(run, await store.events(run), plugins())
         if as_json:
@@ -376,8 +370,8 @@ def replay(run: Run, home: Home = None, url: Url = None, as_json: Json = False, 
             console = _console()
             for d in result.differences:
                 console.print(
-                    f"[red]differs[/] at {d.seq or 'the end'}: {d.subject} {d.path}\n  recorded {d.recorded!r}\n"
-                    f"  replayed {d.replayed!r}",
+                    f"[red]differs[/] at {d.seq or 'the end'}: {d.subject} {escape(d.path)}\n"
+                    f"  recorded {escape(repr(d.recorded))}\n  replayed {escape(repr(d.replayed))}",
                     highlight=False,
                 )
             console.print(
@@ -393,20 +387,25 @@ def replay(run: Run, home: Home = None, url: Url = None, as_json: Json = False, 
 @app.command()
 def verify(run: Run, home: Home = None, url: Url = None, as_json: Json = False, debug: Debug = False) -> None:
     """Check a run's log: order, identities, causes, schemas, blobs. Exit 2 if it is not intact."""
-    del debug
     from bascule.runtime import replay as audit
     from bascule.runtime.cli.store import home_folder, open_store
 
     async def execute() -> int:
+        from rich.markup import escape
+
         async with open_store(home_folder(home), url=url) as store:
-            events = await store.events(run)
-            faults = audit.verify(events, store.blobs)
+            try:
+                events = await store.events(run)
+            except (Corrupt, SchemaError) as e:
+                events, faults = [], (audit.Fault(seq=0, subject=f"bascule.{run}", what=str(e)),)
+            else:
+                faults = audit.verify(events, store.blobs(run))
         if as_json:
             _print_json({"run": run, "events": len(events), "faults": faults})
         else:
             console = _console()
             for f in faults:
-                console.print(f"[red]fault[/] at {f.seq} ({f.subject}): {f.what}", highlight=False)
+                console.print(f"[red]fault[/] at {f.seq} ({f.subject}): {escape(f.what)}", highlight=False)
             console.print(f"{run}: {len(events)} events, {len(faults)} faults", highlight=False)
         return Exit.NOT_INTACT if faults else Exit.SAME
 
@@ -417,7 +416,6 @@ def verify(run: Run, home: Home = None, url: Url = None, as_json: Json = False, 
 def ablate(run: Run, home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
     """Where a completed run's gain comes from: its final harness on an engine that always answers the same, and without
     its adapter. Both are measured on the sealed split and recorded in the run's log."""
-    del debug
     from bascule.runtime.ablation import ablation_report
     from bascule.runtime.cli import launch
     from bascule.runtime.cli.show import show_ablation
@@ -452,14 +450,12 @@ Reason = Annotated[str, typer.Option(help="Recorded with it.")]
 @app.command()
 def pause(run: Run, reason: Reason = "asked for", home: Home = None, url: Url = None, debug: Debug = False) -> None:
     """Make the services let go of a run; `bascule resume` goes on from what the log holds."""
-    del debug
     _ending(run, home, url, cancel=False, reason=reason)
 
 
 @app.command()
 def cancel(run: Run, reason: Reason = "asked for", home: Home = None, url: Url = None, debug: Debug = False) -> None:
     """End a run for good."""
-    del debug
     _ending(run, home, url, cancel=True, reason=reason)
 
 
@@ -484,7 +480,6 @@ def tasks_show(
     name: Annotated[str, typer.Argument(help="The task.")], as_json: Json = False, debug: Debug = False
 ) -> None:
     """What an author would see of a task: its description, splits, licence, and some train items."""
-    del debug
     from bascule.plugins.loader import plugins
 
     public = plugins().registry.tasks.get(name)({}).public()
@@ -514,7 +509,6 @@ def tasks_baseline(
     name: Annotated[str, typer.Argument(help="The task.")], as_json: Json = False, debug: Debug = False
 ) -> None:
     """Score a task's constant and simple-rule baselines in the scoring process."""
-    del debug
     from bascule.plugins.loader import plugins
     from bascule.runtime.baselines import score_baselines
     from bascule.runtime.world import World
@@ -532,7 +526,6 @@ def tasks_baseline(
 @app.command("plugins")
 def plugins_command(as_json: Json = False, debug: Debug = False) -> None:
     """The plugins that were found, what they provide, and what is wrong with the broken ones."""
-    del debug
     from bascule.plugins.loader import plugins
 
     loaded = plugins().loaded
@@ -549,17 +542,29 @@ def main() -> None:
     """Entry point: errors are one clear paragraph on standard error, never a traceback, unless --debug asks for it."""
     debug = "--debug" in sys.argv or os.environ.get("BASCULE_DEBUG") == "1"
     try:
-        app(standalone_mode=True)
+        sys.exit(app(standalone_mode=False))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(Exit.SAME)
-    except (BaseExceptionGroup, BasculeError, OSError) as error:
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # the command line itself is wrong
+            error.show()
+            sys.exit(Exit.USAGE)
         if debug:
             raise
-        from bascule.runtime.cli.launch import leaves
-
-        known = [c for c in leaves(error) if isinstance(c, BasculeError | OSError)]
-        if not known:
-            raise
-        typer.echo(f"bascule: {known[0]}", err=True)
+        typer.echo(f"bascule: {_paragraph(error)}", err=True)
         sys.exit(Exit.USAGE)
+
+
+def _paragraph(error: Exception) -> str:
+    """What a person is told: the first failure that names its next step, else what went wrong and how to see more."""
+    from bascule.runtime.cli.launch import leaves
+
+    causes = list(leaves(error))
+    known = next((c for c in causes if isinstance(c, BasculeError)), None)
+    if known is not None:
+        return str(known)
+    cause = causes[0]
+    if isinstance(cause, OSError):
+        return f"{cause}. Free the space or correct the path that it names; `bascule resume RUN` goes on from the log."
+    return f"{type(cause).__name__}: {cause}. This is not an error that was foreseen: run it again with --debug, and report it."

@@ -15,14 +15,18 @@ from bascule.plugins.loader import Plugins, code_hash, plugins
 from bascule.plugins.tasks.splits import best_constant
 from bascule.runtime.baselines import score_constant
 from bascule.runtime.cli.store import Store
+from bascule.runtime.log.rules import MAX_BATCH
 from bascule.runtime.runner import Service, View, serve
 from bascule.runtime.services.catalog import SERVICES
+from bascule.runtime.services.rollout import engine_params
+from bascule.runtime.state import RunState
 from bascule.runtime.world import World, merged, plain, task_digest, world_of
 from bascule.schemas import subjects
 from bascule.schemas.envelope import Draft, Producer, Recorded
-from bascule.schemas.errors import BasculeError, ConfigError
+from bascule.schemas.errors import ConfigError
 from bascule.schemas.events import AblationRequested, RunCancelled, RunCompleted, RunPaused, RunResumed, RunStarted
 from bascule.schemas.run import PluginChoice, RunConfig, parse_config
+from bascule.trainers.params import train_params
 
 Listener = Callable[[Recorded], None]
 
@@ -55,8 +59,13 @@ def configure(given: dict[str, Any], overrides: Sequence[str], loaded: Plugins) 
     base = {k: v for k, v in given.items() if v is not None}
     for item in overrides:
         base = merged(base, _override(item))
-    if isinstance(base.get("task"), str):
-        base["task"] = {"name": base["task"]}
+    for kind in ("task", "engine", "policy", "author"):
+        if isinstance(base.get(kind), str):
+            base[kind] = {"name": base[kind]}
+    if not isinstance(base.get("task"), dict) or not isinstance(base["task"].get("params", {}), dict):
+        raise ConfigError(f"{base.get('task')!r} does not name a task.", next_step="`bascule tasks` lists them.")
+    if isinstance(base.get("model"), str) and Path(base["model"]).exists():
+        base["model"] = str(Path(base["model"]).absolute())  # a resume may come from another folder
     task = loaded.registry.tasks.get(str(base["task"]["name"]))(base["task"].get("params", {}))
     defaults = plain(RunConfig(task=PluginChoice(name=task.name)))
     return parse_config(merged(merged(defaults, task.defaults()), base))
@@ -85,14 +94,12 @@ def preflight(config: RunConfig, loaded: Plugins) -> RunStarted:
         BasculeError: a plugin, the task's data or the model is not there or not usable.
     """
     world = World(loaded, config)
-    registry = loaded.registry
-    engine = registry.engines.get(config.engine.name)(config.model, config.engine.params)
-    del engine
-    _ = world.policy, world.author, world.algorithms
+    loaded.registry.engines.get(config.engine.name)(config.model, engine_params(config, config.engine))
+    _ = world.policy, world.author
+    for algorithm in world.algorithms:
+        train_params(algorithm.params)
     public = world.public
-    for choice in (config.task, config.policy, config.author):
-        if not isinstance(choice.params, dict):
-            raise ConfigError("Parameters of a plugin are given by name.")
+    check_splits(world)
     digest = ""
     if config.engine.name == "transformers" or "weights" in config.levers:
         from bascule.trainers.base_model import model_digest, resolve_model
@@ -110,6 +117,32 @@ def preflight(config: RunConfig, loaded: Plugins) -> RunStarted:
     )
 
 
+def check_splits(world: World) -> None:
+    """Refuse a task that a run could not get through.
+
+    Raises:
+        ConfigError: a split is empty, a train item has no answer, or a decision would ask for too many shards.
+    """
+    public, e = world.public, world.config.evaluation
+    for split in ("train", "dev", "sealed"):
+        if not public.split(split):
+            raise ConfigError(
+                f"The split {split} of the task {public.name} is empty.", next_step="A run needs all three."
+            )
+    missing = [x.id for x in public.train if x.id not in public.answers]
+    if missing:
+        raise ConfigError(
+            f"The task {public.name} has no answer for the train item {missing[0]!r}.", next_step="Correct the task."
+        )
+    sizes = (len(world.positions("dev")) + e.train_groups, 2 * len(world.positions("sealed")))
+    shards = max(-(-size // world.config.shard_size) for size in sizes) + 4
+    if shards > MAX_BATCH:
+        raise ConfigError(
+            f"A decision would ask for {shards} shards, and an atomic batch holds {MAX_BATCH} events.",
+            next_step="Raise shard_size, or lower the evaluation sizes.",
+        )
+
+
 async def free_run_id(store: Store, task: str) -> str:
     """The first unused ``<task>-<number>``."""
     taken = {r async for r in store.runs()}
@@ -122,11 +155,11 @@ async def free_run_id(store: Store, task: str) -> str:
 
 def view_of(store: Store, run: str, listeners: Sequence[Listener] = (), *, fresh: bool | None = None) -> View:
     """A view of one run, logging to ``<home>/runs/<run>/services.jsonl``."""
-    folder = store.home / "runs" / run
+    folder = store.home / "runs" / subjects.token(run)
     folder.mkdir(parents=True, exist_ok=True)
     view = View(
         store.log,
-        store.blobs,
+        store.blobs(run),
         plugins(),
         run,
         producer,
@@ -159,27 +192,35 @@ async def start(store: Store, run: str, started: RunStarted) -> None:
     Raises:
         ConfigError: the name is taken.
     """
-    subjects.token(run)
-    if await store.log.head(f"bascule.{run}.>"):
-        raise ConfigError(
-            f"There is a run {run!r} already.",
-            next_step=f"`bascule resume {run}` goes on with it; or use another --run-id.",
-        )
+    taken = ConfigError(
+        f"There is a run {run!r} already.",
+        next_step=f"`bascule resume {run}` goes on with it; or use another --run-id.",
+    )
+    if await store.log.head(f"bascule.{subjects.token(run)}.>"):
+        raise taken
     draft = Draft(subject=subjects.run_started(run), step=0, data=started)
-    await view_of(store, run).append("cli", [draft])
+    recorded = await view_of(store, run).append("cli", [draft])
+    if recorded[0].duplicate:
+        raise taken
+
+
+async def state_of(store: Store, run: str) -> RunState:
+    """A run's state.
+
+    Raises:
+        NotFound: there is no such run.
+    """
+    return RunState.of(run, await store.events(run))
 
 
 async def resume(store: Store, run: str) -> bool:
     """Lift a pause, if there is one. Returns whether the run has anything left to do."""
-    await store.events(run)
-    view = view_of(store, run)
-    async for event in store.log.read(f"bascule.{run}.>"):
-        view.state.apply(event)
-    if view.state.end is not None:
-        return view.state.active
-    if view.state.paused is not None:
-        subject = subjects.run_resumed(run, view.state.pauses)
-        await view.append("cli", [Draft(subject=subject, step=0, data=RunResumed())])
+    state = await state_of(store, run)
+    if state.end is not None:
+        return state.active
+    if state.paused is not None:
+        subject = subjects.run_resumed(run, state.pauses)
+        await view_of(store, run).append("cli", [Draft(subject=subject, step=0, data=RunResumed())])
     return True
 
 
@@ -189,18 +230,19 @@ async def end(store: Store, run: str, *, cancel: bool, reason: str) -> None:
     Raises:
         NotFound: there is no such run; ConfigError: it has ended already.
     """
-    view = view_of(store, run)
-    for event in await store.events(run):
-        view.state.apply(event)
-    if view.state.end is not None:
-        raise ConfigError(f"The run {run} has ended already.", next_step=f"`bascule status {run}` shows how.")
+    state = await state_of(store, run)
+    ended = ConfigError(f"The run {run} has ended already.", next_step=f"`bascule status {run}` shows how.")
+    if state.end is not None:
+        raise ended
     if cancel:
         draft = Draft(subject=subjects.run_end(run), step=0, data=RunCancelled(reason=reason))
-    elif view.state.paused is not None:
+    elif state.paused is not None:
         return
     else:
-        draft = Draft(subject=subjects.run_paused(run, view.state.pauses + 1), step=0, data=RunPaused(reason=reason))
-    await view.append("cli", [draft])
+        draft = Draft(subject=subjects.run_paused(run, state.pauses + 1), step=0, data=RunPaused(reason=reason))
+    recorded = await view_of(store, run).append("cli", [draft])
+    if cancel and recorded[0].duplicate:
+        raise ended
 
 
 async def work(store: Store, run: str, listeners: Sequence[Listener]) -> None:
@@ -222,10 +264,7 @@ async def request_ablations(store: Store, run: str) -> float:
     Raises:
         ConfigError: the run is not completed, or promoted no adapter.
     """
-    view = view_of(store, run)
-    for event in await store.events(run):
-        view.state.apply(event)
-    state = view.state
+    state = await state_of(store, run)
     if not isinstance(state.end, RunCompleted):
         raise ConfigError(f"The run {run} is not completed.", next_step=f"`bascule resume {run}` goes on with it.")
     assert state.started is not None
@@ -238,7 +277,9 @@ async def request_ablations(store: Store, run: str) -> float:
     if state.candidate(best).adapter is not None:
         arms.append(AblationRequested(name="no-adapter", arm="no-adapter", generation=best))
     for arm in arms:
-        await view.append("cli", [Draft(subject=subjects.ablation_requested(run, arm.name), step=best, data=arm)])
+        await view_of(store, run).append(
+            "cli", [Draft(subject=subjects.ablation_requested(run, arm.name), step=best, data=arm)]
+        )
     return await score_constant(world, answer)
 
 
@@ -272,8 +313,8 @@ async def serve_forever(store: Store, service: str, only: str | None, say: Calla
                 await resumed(view)
                 return False
             say(f"{run}: done")
-        except* (BasculeError, OSError) as errors:
-            text = "; ".join(str(e) for e in leaves(errors))
+        except* Exception as errors:
+            text = "; ".join(str(e) or type(e).__name__ for e in leaves(errors))
             view.logger.exception("service.failed", service=service)
             say(f"{run}: {text} Trying again in {delay:.0f} s.")
         else:

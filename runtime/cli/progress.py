@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bascule.runtime.state import RunState
@@ -63,19 +64,19 @@ class Live:
         match event.data:
             case ev.RunStarted() as d:
                 return (
-                    f"[bold]{event.envelope.run}[/]: {d.config.task.name} with {d.config.model}, "
+                    f"[bold]{event.envelope.run}[/]: {d.config.task.name} with {escape(d.config.model)}, "
                     f"levers {' and '.join(d.config.levers)}, seed {d.config.seed}; "
                     f"{d.train} train, {d.dev} dev, {d.sealed} sealed"
                 )
             case ev.LeverChosen(lever="stop") as d:
-                return f"[bold]stop[/]: {'; '.join(d.reasons)}; scoring the sealed split"
+                return f"[bold]stop[/]: {escape('; '.join(d.reasons))}; scoring the sealed split"
             case ev.LeverChosen() as d:
                 what = d.algorithm or "edit"
-                return f"[bold]generation {d.generation}[/]: {d.lever} ({what}): {'; '.join(d.reasons)}"
+                return f"[bold]generation {d.generation}[/]: {d.lever} ({what}): {escape('; '.join(d.reasons))}"
             case ev.HarnessProposed() as d:
-                return f"  harness {d.digest[:8]} by {d.author}: {d.edit}"
+                return f"  harness {d.digest[:8]} by {escape(d.author)}: {escape(d.edit)}"
             case ev.AuthorFailed() as d:
-                return f"  the author {d.author} proposes nothing: {d.reason}"
+                return f"  the author {escape(d.author)} proposes nothing: {escape(d.reason)}"
             case ev.EvaluationCompleted(purpose="training"):
                 return None
             case ev.EvaluationCompleted() as d:
@@ -90,14 +91,14 @@ class Live:
                     f"{k} {m[k]:.3g}" for k in ("reward", "loss", "entropy", "ess", "grad_norm") if k in m
                 ) + f", {d.measured.seconds:.1f} s"  # fmt: skip
             case ev.TrainFailed() as d:
-                return f"  the training failed: {d.reason}"
+                return f"  the training failed: {escape(d.reason)}"
             case ev.CandidatePromoted() | ev.CandidateRejected() as d:
                 return f"  {gate_line(d)}"
             case ev.RunCompleted() as d:
                 r = d.sealed
                 return f"sealed: {r.before:.3f} before, {r.after:.3f} after, p = {r.p:.2g}, n = {r.n}"
             case ev.RunFailed() | ev.RunCancelled() | ev.RunPaused() as d:
-                return f"[bold]{type(d).__name__}[/]: {d.reason}"
+                return f"[bold]{type(d).__name__}[/]: {escape(d.reason)}"
             case _:
                 return None
 

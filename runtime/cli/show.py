@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
@@ -22,7 +23,7 @@ def _score(value: float | None) -> str:
 
 
 def _span(interval: Interval) -> str:
-    return f"\\[{interval.low:.3f}, {interval.high:.3f}]"
+    return escape(f"[{interval.low:.3f}, {interval.high:.3f}]")
 
 
 def show_report(result: RunReport, console: Console) -> None:
@@ -38,10 +39,10 @@ def show_report(result: RunReport, console: Console) -> None:
         table.add_row(
             str(row.generation),
             row.lever or "—",
-            row.algorithm or row.edit or "—",
+            escape(row.algorithm or row.edit or "—"),
             candidate,
             _score(row.train),
-            f"{_score(row.dev)}{interval}".replace("[", "\\["),
+            escape(f"{_score(row.dev)}{interval}"),
             "—" if row.p is None else f"{row.p:.2g}",
             "yes" if row.promoted else ("no" if row.outcome != "open" else "—"),
             f"{row.tokens:,}",
@@ -60,7 +61,7 @@ def show_report(result: RunReport, console: Console) -> None:
         text = ", ".join(f"{b.name} {b.sealed:.3f}" for b in result.baselines)
         console.print(f"baselines without a model, on the same examples: {text}", highlight=False)
     if result.reason:
-        console.print(f"{result.status}: {result.reason}", highlight=False)
+        console.print(f"{result.status}: {escape(result.reason)}", highlight=False)
     console.print(
         f"{result.tokens:,} tokens, {result.seconds:.0f} s, {result.events} events, "
         f"decision hash {result.decision_hash}",
@@ -75,7 +76,7 @@ def show_explanation(found: Explanation, console: Console) -> None:
     c = found.chosen
     what = f"{c.lever}" + (f" with {c.algorithm}" if c.algorithm else "")
     console.print(f"Step {c.generation}: the policy {c.policy} (version {c.policy_version}) chose [bold]{what}[/].")
-    console.print(f"Because: {'; '.join(c.reasons)}.", highlight=False)
+    console.print(f"Because: {escape('; '.join(c.reasons))}.", highlight=False)
     figures = _table(title="the figures that it saw")
     for name in ("figure", "value", "recorded in"):
         figures.add_column(name)
@@ -93,7 +94,7 @@ def show_explanation(found: Explanation, console: Console) -> None:
             o.algorithm or "—",
             "yes" if o.feasible else "no",
             "—" if o.score is None else f"{o.score:.3g}",
-            "; ".join(o.reasons),
+            escape("; ".join(o.reasons)),
         )
     console.print(options)
     tree = Tree(f"{found.chosen_id} bascule.lever.chosen (sequence {found.seq})")

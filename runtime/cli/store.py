@@ -40,8 +40,13 @@ class Store:
 
     home: Path
     log: EventLog
-    blobs: BlobStore
     owner: bool
+
+    def blobs(self, run: str) -> BlobStore:
+        """The blobs of one run: no run can discard what another needs."""
+        from bascule.runtime.log.blobs import BlobStore
+
+        return BlobStore(self.home / "blobs" / token(run))
 
     async def events(self, run: str) -> list[Recorded]:
         """All events of a run.
@@ -71,7 +76,6 @@ async def open_store(home: Path, *, url: str | None = None, exclusive: bool = Fa
     Raises:
         LogError: the store is taken, not writable, or cannot be reached.
     """
-    from bascule.runtime.log.blobs import BlobStore
     from bascule.runtime.log.nats import NatsLog
     from bascule.runtime.log.server import EmbeddedServer, attach
 
@@ -98,7 +102,7 @@ async def open_store(home: Path, *, url: str | None = None, exclusive: bool = Fa
                 server.stop()
             raise
     try:
-        yield Store(home, log, BlobStore(home / "blobs"), owner=server is not None)
+        yield Store(home, log, owner=server is not None)
     finally:
         await log.close()
         if server is not None:

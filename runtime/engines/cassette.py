@@ -14,7 +14,7 @@ import msgspec
 
 from bascule.plugins.engine import Engine, EngineInfo, Sampled, SampleRequest, asked
 from bascule.schemas.codec import decode
-from bascule.schemas.errors import ConfigError, EngineError
+from bascule.schemas.errors import BasculeError, ConfigError, EngineError
 from bascule.schemas.events import TrajectoryLogged
 from bascule.schemas.trajectory import ModelCall, unpack_ids
 
@@ -32,12 +32,24 @@ class CassetteEngine:
             for number, line in enumerate(lines, 1):
                 digest.update(line)
                 payload = line.rstrip(b"\n")
-                subject = msgspec.json.decode(payload, type=_Subject).subject
-                data = decode(number, subject, payload).data
+                try:
+                    data = decode(number, msgspec.json.decode(payload, type=_Subject).subject, payload).data
+                except (msgspec.DecodeError, BasculeError) as e:
+                    raise EngineError(
+                        f"Line {number} of the cassette {self._path} is not an event: {e}.",
+                        next_step="Record it again.",
+                    ) from e
+                if isinstance(data, TrajectoryLogged) and data.body is None:
+                    raise EngineError(
+                        f"Line {number} of the cassette {self._path} keeps its trajectory in a blob.",
+                        next_step="Trajectories over 64 KiB cannot be replayed from a cassette.",
+                    )
                 if isinstance(data, TrajectoryLogged) and data.body is not None:
                     calls = [s for s in data.body.steps if isinstance(s, ModelCall)]
                     self._calls |= {(data.trajectory, i): c for i, c in enumerate(calls)}
-        return EngineInfo(name="cassette", model=str(self._path), model_digest=digest.hexdigest())
+        return EngineInfo(
+            name="cassette", model=str(self._path), model_digest="", versions={"cassette": digest.hexdigest()}
+        )
 
     async def close(self) -> None:
         pass
@@ -76,5 +88,5 @@ def make(model: str, params: dict[str, Any]) -> Engine:
     del model
     path = Path(str(params.get("path", "")))
     if not path.is_file():
-        raise ConfigError(f"There is no cassette {str(path)!r}.", next_step="Set engine.path to a recording.")
+        raise ConfigError(f"There is no cassette {str(path)!r}.", next_step="Set engine.params.path to a recording.")
     return CassetteEngine(path)

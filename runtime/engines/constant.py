@@ -41,5 +41,7 @@ def make(model: str, params: dict[str, Any]) -> Engine:
     """
     del model
     if not isinstance(params.get("text"), str):
-        raise ConfigError("The engine constant needs the parameter text.", next_step="Set engine.text to the answer.")
+        raise ConfigError(
+            "The engine constant needs the parameter text.", next_step="Set engine.params.text to the answer."
+        )
     return ConstantEngine(params["text"])

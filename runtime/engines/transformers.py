@@ -132,7 +132,11 @@ class TransformersEngine:
             what = f"The model {self.model_name!r} has no chat template."
             raise PromptError(what, next_step="Use completion calls, or an instruct model.")
         messages = [{"role": m.role, "content": m.content} for m in prompt]
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is code of the model's
+            what = f"The chat template of {self.model_name!r} refuses the prompt: {error}."
+            raise PromptError(what, next_step="Send the roles that the template takes, in its order.") from error
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -21,7 +21,7 @@ from bascule.schemas.envelope import Draft, Recorded
 from bascule.schemas.errors import EngineError
 from bascule.schemas.events import AdapterServed, EpisodesRequested, TrajectoryLogged
 from bascule.schemas.landscape import Measured
-from bascule.schemas.run import PluginChoice
+from bascule.schemas.run import PluginChoice, RunConfig
 from bascule.schemas.trajectory import ModelCall, Trajectory
 
 if TYPE_CHECKING:
@@ -41,8 +41,6 @@ def decide(state: RunState, event: Recorded, world: World) -> list[Draft]:
 class Rollout:
     """The rollout service's effects: every trajectory of a requested shard, once."""
 
-    name = NAME
-
     def __init__(self) -> None:
         self._engines: dict[str, Engine] = {}
         self._loaded: dict[tuple[str, str], asyncio.Task[None]] = {}
@@ -57,6 +55,7 @@ class Rollout:
             stack.push_async_callback(self._close)
             await self._engine(view, None)
             queue = await view.log.work(view.run, NAME, [subject], fresh=view.fresh)
+            stack.push_async_callback(queue.close)
             slots = asyncio.Semaphore(SHARDS_IN_FLIGHT)
             group = await stack.enter_async_context(asyncio.TaskGroup())
             while True:
@@ -76,10 +75,16 @@ class Rollout:
         choice = choice or config.engine
         key = msgspec.json.encode(choice, order="sorted").decode()
         if key not in self._engines:
-            params = {"threads": config.threads, **choice.params} if choice == config.engine else choice.params
-            engine = view.plugins.registry.engines.get(choice.name)(config.model, params)
+            engine = view.plugins.registry.engines.get(choice.name)(config.model, engine_params(config, choice))
             self._engines[key] = engine
             info = await engine.start()
+            started = view.state.started
+            if choice == config.engine and started is not None and info.model_digest not in ("", started.model_digest):
+                raise EngineError(
+                    f"The model {config.model!r} is not the one that {view.run} started with "
+                    f"(digest {info.model_digest}, recorded {started.model_digest}).",
+                    next_step="Put the recorded model back; a run keeps its model.",
+                )
             view.logger.info("engine.started", engine=info.name, model=info.model, versions=info.versions)
         return self._engines[key]
 
@@ -102,7 +107,9 @@ class Rollout:
         if adapter not in view.state.served:
             served = AdapterServed(adapter=adapter, sha256=found.sha256, engine=view.world.config.engine.name)
             subject = subjects.adapter_served(view.run, adapter)
-            await view.append(NAME, [Draft(subject=subject, step=int(adapter[1:3]), data=served)])
+            await view.append(
+                NAME, [Draft(subject=subject, step=int(adapter.split("-", maxsplit=1)[0][1:]), data=served)]
+            )
 
     async def _unload_superseded(self, view: View, engine: Engine, adapter: str) -> None:
         """Within a job nobody samples with earlier checkpoints: a newer one exists because their episodes are done."""
@@ -124,11 +131,11 @@ class Rollout:
             if (position, sample) not in evaluation.logged
         ]
         if missing:
-            engine = await self._engine(view, request.engine)
-            if request.adapter is not None:
-                await self._serve_adapter(view, engine, request.adapter)
             heartbeat = asyncio.create_task(_heartbeat(item))
             try:
+                engine = await self._engine(view, request.engine)
+                if request.adapter is not None:
+                    await self._serve_adapter(view, engine, request.adapter)
                 async with asyncio.TaskGroup() as group:
                     for position, example, sample in missing:
                         group.create_task(self._episode(view, pool, engine, item.event, position, example, sample))
@@ -182,8 +189,15 @@ class Rollout:
         await view.append(NAME, [Draft(subject=subject, step=request.generation, data=data, cause=cause.envelope.id)])
 
 
+def engine_params(config: RunConfig, choice: PluginChoice) -> dict[str, Any]:
+    """An engine's parameters; the embedded one computes on the run's thread count."""
+    if choice.name == "transformers" and config.threads:
+        return {"threads": config.threads, **choice.params}
+    return choice.params
+
+
 def served_name(run: str, adapter: str) -> str:
-    """Adapters of different runs share an engine; a name is never used twice."""
+    """The name that an engine knows an adapter by; never used twice."""
     return f"{run}.{adapter}"
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from bascule.runtime.runner import View
 
 NAME = "trainer"
+T = TypeVar("T")
 
 
 def adapter_name(generation: int, iteration: int) -> str:
@@ -83,17 +86,16 @@ def decide(state: RunState, event: Recorded, world: World) -> list[Draft]:
 def _iteration(
     state: RunState, world: World, request: TrainRequested, iteration: int, adapter: str | None, cause: str
 ) -> list[Draft]:
-    """Each pass over the train split is a new seeded order; an iteration takes the next ``groups`` of it."""
+    """Each pass over the train split is a new seeded order; an iteration takes the next distinct ``groups`` of them."""
     train = list(world.positions("train"))
-    start = iteration * request.groups
+    size = min(request.groups, len(train))
     positions: list[int] = []
-    while len(positions) < min(request.groups, len(train)):
-        epoch, offset = divmod(start + len(positions), len(train))
+    place = iteration * size
+    while len(positions) < size:
+        epoch, offset = divmod(place, len(train))
         order = seeded(request.seed, "epoch", epoch).sample(train, len(train))
-        fresh = [p for p in order[offset : offset + request.groups - len(positions)] if p not in positions]
-        if not fresh:
-            break
-        positions += fresh
+        positions += [p for p in order[offset:] if p not in positions][: size - len(positions)]
+        place = (epoch + 1) * len(train)
     return proposals.episodes(
         state,
         world,
@@ -146,9 +148,9 @@ def open_training(state: RunState) -> Training | None:
 class Trainer:
     """The trainer's effects. At most one job of a run is open at a time."""
 
-    name = NAME
-
     def __init__(self) -> None:
+        # One thread for everything of a job: torch's thread count is a setting of the thread that computes.
+        self._thread = ThreadPoolExecutor(1, "trainer")
         self._job: Any = None
         self._generation = -1
         self._head = 0
@@ -179,7 +181,7 @@ class Trainer:
             generation=request.generation,
             attempt=attempt,
             resumed_after=len(training.checkpoints),
-            threads=await asyncio.to_thread(_threads, view.world.config.threads),
+            threads=await self._compute(_threads, view.world.config.threads),
         )
         draft = Draft(
             subject=subjects.train_started(view.run, request.generation, attempt),
@@ -197,8 +199,11 @@ class Trainer:
         if request.adapter is not None:
             refs = view.state.adapters[request.adapter].files
             parent = {name: await asyncio.to_thread(get, ref) for name, ref in refs.items()}
-        self._job = await asyncio.to_thread(_open_job, view.world.config.model, request, parent, state)
+        self._job = await self._compute(_open_job, view.world.config.model, request, parent, state)
         self._generation, self._attempt, self._head = request.generation, attempt, recorded[0].seq
+
+    async def _compute(self, work: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
     def _fence(self, view: View, generation: int, head: int) -> Fence:
         return Fence(filter=subjects.train_aggregate(view.run, generation), seq=head)
@@ -214,7 +219,7 @@ class Trainer:
             credit = view.plugins.registry.algorithms.get(request.algorithm).credit(
                 groups_of(evaluation), request.params
             )
-            update = await asyncio.to_thread(_update, self._job, trajectories, credit, iteration)
+            update = await self._compute(_update, self._job, trajectories, credit, iteration)
         except TrainError as e:
             self._generation = -1
             await self._record(view, training, evaluation, TrainFailed(
@@ -236,11 +241,13 @@ class Trainer:
             measured=Measured(seconds=view.clock() - started),
         )
         await self._record(view, training, evaluation, data)
+        # Nobody samples with a superseded checkpoint any more: the next one exists because its episodes are done. One
+        # that changed nothing has the very files of a published adapter, which stay.
+        published = (s.training.published for s in view.state.steps.values() if s.training and s.training.published)
+        kept = {ref for p in published for ref in p.files.values()} | {*data.files.values(), data.state}
         for old in training.checkpoints[:-1]:
-            # Nobody samples with a superseded checkpoint any more: the next one exists because its episodes are done.
-            for ref in (*old.files.values(), old.state):
-                if ref not in (*data.files.values(), data.state):
-                    view.blobs.discard(ref)
+            for ref in {*old.files.values(), old.state} - kept:
+                view.blobs.discard(ref)
 
     async def _record(
         self, view: View, training: Training, evaluation: Evaluation, data: AdapterCheckpointed | TrainFailed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING
 
 from bascule.runtime.state import Evaluation, RunState
@@ -17,7 +18,6 @@ from bascule.schemas.events import (
     TrajectoryScored,
 )
 from bascule.schemas.landscape import Measured, RewardLandscape
-from bascule.schemas.trajectory import Unscored, Verdict
 from bascule.verifiers.gate import GATE_VERSION, gate
 from bascule.verifiers.landscape import SampleFigures, landscape
 from bascule.verifiers.scoring import Scorer
@@ -32,6 +32,8 @@ NAME = "verifier"
 def decide(state: RunState, event: Recorded, world: World) -> list[Draft]:
     """An evaluation's last score completes it; a generation's last evaluation brings it before the gate."""
     data, cause = event.data, event.envelope.id
+    if isinstance(data, EvaluationCompleted) and data.purpose in ("gate", "landscape"):
+        return _gate(state, world, data.generation, cause)
     if not isinstance(data, TrajectoryScored):
         return []
     evaluation = state.evaluations[data.evaluation]
@@ -46,19 +48,8 @@ def decide(state: RunState, event: Recorded, world: World) -> list[Draft]:
         landscape=landscape_of(evaluation),
         measured=Measured(seconds=sum(logged.seconds for logged in evaluation.logged.values())),
     )
-    drafts = [
-        Draft(
-            subject=subjects.evaluation_completed(state.run, request.evaluation),
-            step=request.generation,
-            cause=cause,
-            data=completed,
-        )
-    ]
-    name = f"g{request.generation:02d}"
-    others = {f"{name}-dev", f"{name}-train"} - {request.evaluation}
-    if len(others) == 1 and (other := state.evaluations.get(others.pop())) is not None and other.completed is not None:
-        drafts.append(_gate(state, world, request.generation, cause))
-    return drafts
+    subject = subjects.evaluation_completed(state.run, request.evaluation)
+    return [Draft(subject=subject, step=request.generation, cause=cause, data=completed)]
 
 
 def landscape_of(evaluation: Evaluation) -> RewardLandscape:
@@ -77,7 +68,11 @@ def landscape_of(evaluation: Evaluation) -> RewardLandscape:
     return landscape(list(groups.values()))
 
 
-def _gate(state: RunState, world: World, generation: int, cause: str) -> Draft:
+def _gate(state: RunState, world: World, generation: int, cause: str) -> list[Draft]:
+    """The gate's verdict, once both evaluations of the generation are completed, whichever came last."""
+    found = [state.evaluations.get(f"g{generation:02d}-{split}") for split in ("dev", "train")]
+    if any(e is None or e.completed is None for e in found):
+        return []
     parent = state.best
     scores = {g: state.evaluations[f"g{g:02d}-dev"].rewards() for g in {generation, parent} if g is not None}
     promote, figures = gate(
@@ -92,19 +87,20 @@ def _gate(state: RunState, world: World, generation: int, cause: str) -> Draft:
     else:
         assert parent is not None
         data = CandidateRejected(generation=generation, over=parent, figures=figures, gate_version=GATE_VERSION)
-    return Draft(subject=subjects.candidate_gate(state.run, generation), step=generation, cause=cause, data=data)
+    return [Draft(subject=subjects.candidate_gate(state.run, generation), step=generation, cause=cause, data=data)]
 
 
 class Verifier:
     """The verifier's effects: every logged trajectory gets one verdict."""
 
-    name = NAME
-
     async def run(self, view: View) -> None:
         await view.ready()
         task = view.world.config.task
         queue = await view.log.work(view.run, NAME, [f"bascule.{view.run}.traj.*.logged"], fresh=view.fresh)
-        async with Scorer(task.name, task.params) as scorer, asyncio.TaskGroup() as group:
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(queue.close)
+            scorer = await stack.enter_async_context(Scorer(task.name, task.params))
+            group = await stack.enter_async_context(asyncio.TaskGroup())
             slots = asyncio.Semaphore(256)
             while True:
                 for item in await queue.next(64, 1.0):
@@ -117,11 +113,7 @@ class Verifier:
         await view.until(lambda s: s.seq >= item.event.seq)
         evaluation = view.state.evaluations[logged.evaluation]
         if (logged.position, logged.sample) not in evaluation.verdicts:
-            verdict: Verdict
-            if logged.error is not None and logged.error.kind == "engine":
-                verdict = Unscored(reason=f"the engine failed: {logged.error.message}")
-            else:
-                verdict = await scorer.score(evaluation.request.split, logged.example, logged.answer)
+            verdict = await scorer.score(evaluation.request.split, logged.example, logged.answer)
             data = TrajectoryScored(
                 trajectory=logged.trajectory,
                 evaluation=logged.evaluation,

@@ -70,7 +70,7 @@ def test_help_imports_no_heavy_library() -> None:
         (["explain", "done", "7"], ["step 7"]),
         (["serve", "cook", "--url", "nats://127.0.0.1:1"], ["127.0.0.1:1"]),
         (["run", "--run-id", "done", *SMALL], ["done", "already", "resume"]),
-        (["run", "--engine", "cassette", "--levers", "harness"], ["cassette", "engine.path"]),
+        (["run", "--engine", "cassette", "--levers", "harness"], ["cassette", "engine.params.path"]),
     ],
 )
 def test_bad_input_gets_one_clear_paragraph(home: Path, args: list[str], says: list[str]) -> None:
