@@ -397,7 +397,8 @@ def verify(run: Run, home: Home = None, url: Url = None, as_json: Json = False, 
             try:
                 events = await store.events(run)
             except (Corrupt, SchemaError) as e:
-                events, faults = [], (audit.Fault(seq=0, subject=f"bascule.{run}", what=str(e)),)
+                events = []
+                faults: tuple[audit.Fault, ...] = (audit.Fault(seq=0, subject=f"bascule.{run}", what=str(e)),)
             else:
                 faults = audit.verify(events, store.blobs(run))
         if as_json:
@@ -567,4 +568,4 @@ def _paragraph(error: Exception) -> str:
     cause = causes[0]
     if isinstance(cause, OSError):
         return f"{cause}. Free the space or correct the path that it names; `bascule resume RUN` goes on from the log."
-    return f"{type(cause).__name__}: {cause}. This is not an error that was foreseen: run it again with --debug, and report it."
+    return f"{type(cause).__name__}: {cause}. Nobody foresaw this: run it again with --debug, and report what it shows."

@@ -61,6 +61,9 @@ def test_help_imports_no_heavy_library() -> None:
         (["run", "--set", "gate.alpha=7"], ["gate.alpha"]),
         (["run", "--set", "gate.alfa=0.1"], ["alfa"]),
         (["run", "--set", "nonsense"], ["KEY=VALUE"]),
+        (["run", "--set", "task=5"], ["does not name a task"]),
+        (["run", "--set", "algorithms.grpo.groups=0"], ["groups"]),
+        (["run", "--set", "algorithms.grpo.learning_rate=-1"], ["learning_rate"]),
         (["run", "--set", "algorithms.grpo.lernrate=1"], ["grpo", "lernrate", "learning_rate"]),
         (["run", "--set", "policy.params.patience=0"], ["patience"]),
         (["run", "--run-id", "Not.A.Token", *SMALL], ["Not.A.Token"]),
@@ -130,11 +133,22 @@ def test_the_tasks_tell_their_baselines(home: Path) -> None:
     assert all(0 < by_split["sealed"] < 0.2 for by_split in scores.values())
 
 
-def test_a_cancelled_run_has_nothing_left_to_do(home: Path, tmp_path: Path) -> None:
-    bascule(tmp_path, "run", "--run-id", "gone", *SMALL)
-    again = bascule(tmp_path, "cancel", "gone")
+def test_a_run_that_has_ended_cannot_be_cancelled(home: Path) -> None:
+    again = bascule(home, "cancel", "done")
     assert again.returncode == 3
     assert "ended already" in again.stderr
+
+
+def test_wrong_usage_has_its_own_exit_code(home: Path) -> None:
+    assert bascule(home, "verify", "done", "--hom", "x").returncode == 3
+    assert bascule(home, "verify", "done").returncode == 0
+
+
+def test_a_name_that_leaves_the_home_makes_no_folder(home: Path) -> None:
+    for command in ("cancel", "pause", "resume", "ablate"):
+        assert bascule(home, command, "../../escape").returncode == 3
+    assert not (home.parent / "escape").exists()
+    assert {p.name for p in (home / "runs").iterdir()} == {"done"}
 
 
 def test_plugins_lists_what_each_provides(home: Path) -> None:

@@ -11,13 +11,16 @@ import msgspec
 
 from bascule.plugins.loader import plugins
 from bascule.runtime import replay as audit
+from bascule.runtime.ablation import ablation_report
 from bascule.runtime.log.blobs import BlobStore
 from bascule.runtime.log.memory import MemoryLog
 from bascule.runtime.log.protocol import NewEvent
 from bascule.runtime.report import report
 from bascule.runtime.runner import View, serve
+from bascule.runtime.services import verifier
 from bascule.runtime.services.catalog import SERVICES
 from bascule.runtime.state import RunState
+from bascule.runtime.world import world_of
 from bascule.schemas import events as ev
 from bascule.schemas import subjects
 from bascule.schemas.codec import decision_hash
@@ -117,17 +120,69 @@ async def test_the_fold_of_the_log_equals_the_live_state(make_view: Make, starte
     assert folded.digest() == view.state.digest()
 
 
-async def test_no_dev_or_sealed_answer_is_in_the_log_before_its_evaluation(
-    make_view: Make, started_log: MemoryLog
-) -> None:
-    """The harness files hold train items only."""
+async def test_no_dev_or_sealed_question_is_in_a_harness(make_view: Make, started_log: MemoryLog) -> None:
+    """What a lever writes holds train items only."""
     events = await run_to_end(make_view, started_log)
     public = plugins().registry.tasks.get("arith")({}).public()
     hidden = {e.input["question"] for e in (*public.dev, *public.sealed)}
-    for event in events:
-        if isinstance(event.data, ev.HarnessProposed):
-            text = "\n".join(event.data.files.values())
-            assert not [q for q in hidden if f'"{q}"' in text]
+    written = [e.data for e in events if isinstance(e.data, ev.HarnessProposed)]
+    assert len(written) == 3
+    for harness in written:
+        text = "\n".join(harness.files.values())
+        assert not [q for q in hidden if f'"{q}"' in text]
+
+
+async def test_the_gate_judges_whichever_evaluation_completes_last(make_view: Make, started_log: MemoryLog) -> None:
+    """Both evaluations' last scores may be in the log before either completion is."""
+    events = await run_to_end(make_view, started_log)
+    completed = [e for e in events if isinstance(e.data, ev.EvaluationCompleted) and e.data.generation == 1]
+    completed = [e for e in completed if e.data.purpose in ("gate", "landscape")]
+    for order in (completed, completed[::-1]):
+        state = RunState(run="small")
+        world = None
+        drafts = []
+        before = [e for e in events if e.seq < min(c.seq for c in completed)]
+        scores = [e for e in events if isinstance(e.data, ev.TrajectoryScored) and e.seq > before[-1].seq]
+        scores = [e for e in scores if e.data.evaluation.startswith("g01-")]
+        logs = [e for e in events if isinstance(e.data, ev.TrajectoryLogged) and e.seq > before[-1].seq]
+        logs = [e for e in logs if e.data.evaluation.startswith("g01-")]
+        for seq, event in enumerate([*before, *logs, *scores, *order], 1):
+            moved = msgspec.structs.replace(event, seq=seq)
+            state.apply(moved)
+            world = world or world_of(plugins(), before[0].data)
+            drafts = verifier.decide(state, moved, world)
+        assert [d.data.TYPE for d in drafts] == ["bascule.candidate.rejected"]
+
+
+async def test_a_cancelled_run_gets_no_more_events_and_replays_equal(make_view: Make, started_log: MemoryLog) -> None:
+    view = make_view(started_log)
+    view.listeners.append(lambda e: None)
+    cancel = Draft(subject=subjects.run_end("small"), step=0, data=ev.RunCancelled(reason="enough"))
+    await view.append("cli", [cancel])
+    await serve(make_view(started_log), list(SERVICES.values()))
+    events = [e async for e in started_log.read("bascule.small.>")]
+    assert [type(e.data) for e in events] == [ev.RunStarted, ev.RunCancelled]
+    assert audit.replay("small", events, plugins()).differences == ()
+
+
+async def test_ablations_leave_the_report_and_the_decision_hash_as_they_were(
+    make_view: Make, started_log: MemoryLog
+) -> None:
+    before = report(await run_to_end(make_view, started_log))
+    for name, answer in (("constant", "9"),):
+        data = ev.AblationRequested(name=name, arm="constant-engine", generation=0, answer=answer)
+        draft = Draft(subject=subjects.ablation_requested("small", name), step=0, data=data)
+        await make_view(started_log).append("cli", [draft])
+    events = await run_to_end(make_view, started_log)
+    after = report(events)
+    assert (after.decision_hash, after.tokens, after.generations) == (
+        before.decision_hash, before.tokens, before.generations,
+    )  # fmt: skip
+    rows = {r.arm: r for r in ablation_report(events, 0.05)}
+    nines = sum(e.data.answer == "9" for e in events if isinstance(e.data, ev.TrajectoryLogged))
+    assert nines == 20
+    assert rows["constant-engine"].baseline == 0.05
+    assert rows["whole"].score == before.sealed.after  # type: ignore[union-attr]
 
 
 async def test_a_paused_run_is_let_go_and_ends_after_it_is_resumed(make_view: Make, started_log: MemoryLog) -> None:
