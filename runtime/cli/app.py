@@ -265,11 +265,12 @@ def serve(
     from bascule.runtime.cli.store import home_folder, open_store
 
     console = _console(err=True)
+    found = launch.service_named(service)
 
     async def execute() -> None:
         async with open_store(home_folder(home), url=url) as store:
             console.print(f"{service}: serving", highlight=False)
-            await launch.serve_forever(store, service, run, lambda text: console.print(text, highlight=False))
+            await launch.serve_forever(store, found, run, lambda text: console.print(text, highlight=False))
 
     _execute(execute())
 

@@ -283,15 +283,19 @@ async def request_ablations(store: Store, run: str) -> float:
     return await score_constant(world, answer)
 
 
-async def serve_forever(store: Store, service: str, only: str | None, say: Callable[[str], None]) -> None:
-    """Serve one service for every run of the log, each run on its own; a failing run does not stop the others.
+def service_named(name: str) -> Service:
+    """A service by name.
 
     Raises:
         ConfigError: there is no such service.
     """
-    if service not in SERVICES:
-        raise ConfigError(f"There is no service {service!r}.", next_step=f"Known: {', '.join(SERVICES)}.")
-    found: Service = SERVICES[service]
+    if name not in SERVICES:
+        raise ConfigError(f"There is no service {name!r}.", next_step=f"Known: {', '.join(SERVICES)}.")
+    return SERVICES[name]
+
+
+async def serve_forever(store: Store, service: Service, only: str | None, say: Callable[[str], None]) -> None:
+    """Serve one service for every run of the log, each run on its own; a failing run does not stop the others."""
 
     async def one(run: str) -> None:
         delay = 1.0
@@ -307,7 +311,7 @@ async def serve_forever(store: Store, service: str, only: str | None, say: Calla
     async def attempt(run: str, delay: float) -> bool:
         view = view_of(store, run, fresh=False)
         try:
-            await serve(view, [found])
+            await serve(view, [service])
             if view.state.paused is not None:
                 say(f"{run}: paused")
                 await resumed(view)
@@ -315,7 +319,7 @@ async def serve_forever(store: Store, service: str, only: str | None, say: Calla
             say(f"{run}: done")
         except* Exception as errors:
             text = "; ".join(str(e) or type(e).__name__ for e in leaves(errors))
-            view.logger.exception("service.failed", service=service)
+            view.logger.exception("service.failed", service=service.name)
             say(f"{run}: {text} Trying again in {delay:.0f} s.")
         else:
             return True
@@ -324,5 +328,5 @@ async def serve_forever(store: Store, service: str, only: str | None, say: Calla
     pattern = f"bascule.{subjects.token(only) if only else '*'}.run.run.started"
     async with asyncio.TaskGroup() as group:
         async for event in store.log.follow(pattern):
-            say(f"{event.envelope.run}: serving {service}")
+            say(f"{event.envelope.run}: serving {service.name}")
             group.create_task(one(event.envelope.run))

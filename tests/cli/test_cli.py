@@ -71,7 +71,7 @@ def test_help_imports_no_heavy_library() -> None:
         (["resume", "nope"], ["no run 'nope'", "done"]),
         (["replay", "nope"], ["no run 'nope'", "done"]),
         (["explain", "done", "7"], ["step 7"]),
-        (["serve", "cook", "--url", "nats://127.0.0.1:1"], ["127.0.0.1:1"]),
+        (["serve", "cook", "--url", "nats://127.0.0.1:1"], ["no service 'cook'", "rollout"]),
         (["run", "--run-id", "done", *SMALL], ["done", "already", "resume"]),
         (["run", "--engine", "cassette", "--levers", "harness"], ["cassette", "engine.params.path"]),
     ],
