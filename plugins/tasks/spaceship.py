@@ -18,6 +18,7 @@ from bascule.schemas.trajectory import Scored, Verdict
 
 SPENDING = ("RoomService", "FoodCourt", "ShoppingMall", "Spa", "VRDeck")
 ANSWERS = ("True", "False")
+ASK = f"{ANSWER} (True or False)?"
 
 
 def question(row: Row) -> str:
@@ -37,7 +38,8 @@ def question(row: Row) -> str:
         ("Destination", "" if row["Destination"] == "TRAPPIST-1e" else row["Destination"]),
         *((name, "" if whole[name] == "0" else whole[name]) for name in SPENDING),
     ]
-    return ", ".join(f"{name} {value}" for name, value in fields if value) + f". {ANSWER} (True or False)?"
+    known = ", ".join(f"{name} {value}" for name, value in fields if value)
+    return f"{known}. {ASK}" if known else ASK
 
 
 def cryosleep_rule(example: Example) -> str:
