@@ -205,11 +205,9 @@ def test_a_question_is_a_short_line_without_what_is_unknown_or_usual() -> None:
         "Name": "Somebody",
     }
     spent = "RoomService 109, Spa 549, VRDeck 44"
-    assert (
-        question(row)
-        == f"CryoSleep False, Deck F, Side S, HomePlanet Earth, Age 24, {spent}. Transported (True or False)?"
-    )
-    assert question(dict.fromkeys(row, "")) == "Transported:"
+    ask = "Transported (True or False)?"
+    assert question(row) == f"CryoSleep False, Deck F, Side S, HomePlanet Earth, Age 24, {spent}. {ask}"
+    assert question(dict.fromkeys(row, "")) == ask
 
 
 def test_its_first_harness_is_valid_and_holds_no_rule(task: Spaceship) -> None:
