@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -16,7 +18,7 @@ class Line(msgspec.Struct, frozen=True):
     """The fields of a service log line that matter here."""
 
     event: str
-    timestamp: str
+    timestamp: Annotated[datetime, msgspec.Meta(tz=True)]
     trajectory: str = ""
     generation: int = -1
     iteration: int = -1
@@ -24,15 +26,13 @@ class Line(msgspec.Struct, frozen=True):
 
 def lines(path: Path) -> Iterator[Line]:
     """The readable lines of a service log; a kill may have cut the last one short."""
-    if not path.exists():
+    if not path.is_file():
         return
     decoder = msgspec.json.Decoder(Line)
     with path.open("rb") as file:
         for line in file:
-            try:
+            with contextlib.suppress(msgspec.DecodeError):
                 yield decoder.decode(line)
-            except msgspec.DecodeError:
-                continue
 
 
 def repeated_work(path: Path, events: Sequence[Recorded]) -> tuple[int, int]:
@@ -51,6 +51,6 @@ def repeated_work(path: Path, events: Sequence[Recorded]) -> tuple[int, int]:
             recorded = updates.get((line.generation, line.iteration))
         else:
             continue
-        if recorded is not None and datetime.fromisoformat(line.timestamp) > datetime.fromisoformat(recorded):
+        if recorded is not None and line.timestamp > datetime.fromisoformat(recorded):
             again[line.event == "update.started"] += 1
     return again[0], again[1]

@@ -48,7 +48,9 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     """What ``bascule run --json`` prints.
 
     Attributes:
-        repeated_rollouts, repeated_updates: started although the log already held their outcome; always 0.
+        seconds: from the first event to the last, time in which no service ran included.
+        repeated_rollouts, repeated_updates: started although the log already held their outcome; 0 if all is well.
+            Counted from the services' own log, which is a diagnosis and not evidence.
     """
 
     run: str
@@ -145,7 +147,7 @@ def report(events: Sequence[Recorded], baselines: Iterable[BaselineRow] = ()) ->
             )
         )
     config = state.config
-    times = [e.envelope.time for e in events if not e.subject.split(".")[3].startswith("abl-")]
+    times = [e.envelope.time for e in events if _of_the_run(e)]
     return RunReport(
         run=state.run,
         status=_status(state),
@@ -165,6 +167,12 @@ def report(events: Sequence[Recorded], baselines: Iterable[BaselineRow] = ()) ->
         events=state.events,
         decision_hash=decision_hash(events),
     )
+
+
+def _of_the_run(event: Recorded) -> bool:
+    """Whether an event belongs to the run itself, not to an ablation that was asked for afterwards."""
+    _, _, aggregate, name, _ = event.subject.split(".")
+    return aggregate != "ablation" and not name.startswith("abl-")
 
 
 def draw(result: RunReport, path: Path) -> None:

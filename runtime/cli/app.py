@@ -77,6 +77,7 @@ def _execute(work: Coroutine[Any, Any, T]) -> T:
     def stop(number: int, task: asyncio.Task[Any]) -> None:
         stopped.append(number)
         task.cancel()
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 
     async def drained() -> T:
         task = asyncio.current_task()
@@ -89,7 +90,7 @@ def _execute(work: Coroutine[Any, Any, T]) -> T:
             if not stopped:
                 raise
             # Nothing is lost: the log holds what was done, and a training step that still computes is not part of it.
-            sys.stderr.write("\nStopped. `bascule resume RUN` goes on from the log.\n")
+            sys.stderr.write("\nStopped. `bascule status` lists the runs, `bascule resume RUN` goes on from the log.\n")
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(128 + stopped[0])
@@ -174,10 +175,12 @@ def resume(run: Run, home: Home = None, url: Url = None, as_json: Json = False, 
 
 async def _follow(store: Store, name: str, as_json: bool, *, serve: bool, skip: bool = False) -> None:
     """Serve or watch a run to its end with live progress, then report it."""
+    from rich.markup import escape
+
     from bascule.runtime.cli import launch
 
     with _progress(as_json) as live:
-        live.say(f"log: {store.home}; run: {name}")
+        live.say(escape(f"log: {store.home}; run: {name}"))
         if skip:
             live.skip_to(await store.log.head(f"bascule.{name}.>"))
         await (launch.work if serve else launch.watch)(store, name, [live])
@@ -270,7 +273,9 @@ def serve(
     async def execute() -> None:
         async with open_store(home_folder(home), url=url) as store:
             console.print(f"{service}: serving", highlight=False)
-            await launch.serve_forever(store, found, run, lambda text: console.print(text, highlight=False))
+            await launch.serve_forever(
+                store, found, run, lambda text: console.print(text, highlight=False, markup=False)
+            )
 
     _execute(execute())
 
@@ -407,7 +412,9 @@ def verify(run: Run, home: Home = None, url: Url = None, as_json: Json = False, 
         else:
             console = _console()
             for f in faults:
-                console.print(f"[red]fault[/] at {f.seq} ({f.subject}): {escape(f.what)}", highlight=False)
+                console.print(
+                    f"[red]fault[/] at {f.seq} ({f.subject}): {escape(f.what)}", highlight=False, soft_wrap=True
+                )
             console.print(f"{run}: {len(events)} events, {len(faults)} faults", highlight=False)
         return Exit.NOT_INTACT if faults else Exit.SAME
 
@@ -560,7 +567,7 @@ def main() -> None:
 
 def _paragraph(error: Exception) -> str:
     """What a person is told: the first failure that names its next step, else what went wrong and how to see more."""
-    from bascule.runtime.cli.launch import leaves
+    from bascule.runtime.cli.store import leaves
 
     causes = list(leaves(error))
     known = next((c for c in causes if isinstance(c, BasculeError)), None)

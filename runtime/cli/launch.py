@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,7 @@ import structlog
 from bascule.plugins.loader import Plugins, code_hash, plugins
 from bascule.plugins.tasks.splits import best_constant
 from bascule.runtime.baselines import score_constant
-from bascule.runtime.cli.store import Store
+from bascule.runtime.cli.store import Store, leaves
 from bascule.runtime.log.rules import MAX_BATCH
 from bascule.runtime.runner import Service, View, serve
 from bascule.runtime.services.catalog import SERVICES
@@ -29,15 +29,6 @@ from bascule.schemas.run import PluginChoice, RunConfig, parse_config
 from bascule.trainers.params import train_params
 
 Listener = Callable[[Recorded], None]
-
-
-def leaves(error: BaseException) -> Iterator[BaseException]:
-    """The errors inside a group, however deep; the error itself if it is none."""
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from leaves(inner)
-    else:
-        yield error
 
 
 @cache
@@ -64,8 +55,13 @@ def configure(given: dict[str, Any], overrides: Sequence[str], loaded: Plugins) 
             base[kind] = {"name": base[kind]}
     if not isinstance(base.get("task"), dict) or not isinstance(base["task"].get("params", {}), dict):
         raise ConfigError(f"{base.get('task')!r} does not name a task.", next_step="`bascule tasks` lists them.")
-    if isinstance(base.get("model"), str) and Path(base["model"]).exists():
-        base["model"] = str(Path(base["model"]).absolute())  # a resume may come from another folder
+    # A resume may come from another folder.
+    if isinstance(base.get("model"), str) and "\0" not in base["model"] and Path(base["model"]).exists():
+        base["model"] = str(Path(base["model"]).absolute())
+    engine = base.get("engine")
+    path = engine["params"].get("path") if isinstance(engine, dict) and isinstance(engine.get("params"), dict) else None
+    if isinstance(path, str):
+        base = merged(base, {"engine": {"params": {"path": str(Path(path).absolute())}}})
     task = loaded.registry.tasks.get(str(base["task"]["name"]))(base["task"].get("params", {}))
     defaults = plain(RunConfig(task=PluginChoice(name=task.name)))
     return parse_config(merged(merged(defaults, task.defaults()), base))

@@ -28,7 +28,7 @@ def _span(interval: Interval) -> str:
 
 def show_report(result: RunReport, console: Console) -> None:
     """The closing table, the sealed scores and the baselines."""
-    table = _table(title=f"{result.run}: {result.task}, {result.arm}, seed {result.seed} ({result.status})")
+    table = _table(title=f"{result.run}: {escape(result.task)}, {result.arm}, seed {result.seed} ({result.status})")
     for name in ("gen", "lever", "algorithm / edit", "candidate"):
         table.add_column(name)
     for name in ("train", "dev [95%]", "p", "promoted", "tokens", "seconds"):
@@ -68,7 +68,7 @@ def show_report(result: RunReport, console: Console) -> None:
         highlight=False,
     )
     if result.picture:
-        console.print(f"picture: {result.picture}", highlight=False, soft_wrap=True)
+        console.print(f"picture: {escape(result.picture)}", highlight=False, soft_wrap=True)
 
 
 def show_explanation(found: Explanation, console: Console) -> None:
@@ -81,7 +81,7 @@ def show_explanation(found: Explanation, console: Console) -> None:
     for name in ("figure", "value", "recorded in"):
         figures.add_column(name)
     for name, value, subject in found.evidence:
-        figures.add_row(name, f"{value:.4g}", subject)
+        figures.add_row(escape(name), f"{value:.4g}", escape(subject))
     console.print(figures)
     options = _table(title="the options")
     for name in ("", "lever", "algorithm", "feasible", "score", "reasons"):

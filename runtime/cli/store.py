@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 import platformdirs
 
 from bascule.schemas.envelope import Recorded
-from bascule.schemas.errors import LogError, NotFound
+from bascule.schemas.errors import LogError, LogUnavailable, NotFound
 from bascule.schemas.subjects import token
 
 if TYPE_CHECKING:
@@ -66,6 +66,15 @@ class Store:
             yield event.envelope.run
 
 
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """The errors inside a group, however deep; the error itself if it is none."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from leaves(inner)
+    else:
+        yield error
+
+
 @asynccontextmanager
 async def open_store(home: Path, *, url: str | None = None, exclusive: bool = False) -> AsyncIterator[Store]:
     """Open the log: at ``url``, else the embedded server that runs on ``home``, else one started for this command.
@@ -103,6 +112,14 @@ async def open_store(home: Path, *, url: str | None = None, exclusive: bool = Fa
             raise
     try:
         yield Store(home, log, owner=server is not None)
+    except Exception as error:
+        fault = server.fault() if server is not None else None
+        if fault is not None and any(isinstance(e, LogUnavailable) for e in leaves(error)):
+            raise LogError(
+                f"The log in {home} cannot be written: {fault}.",
+                next_step="If the disk is full, free some space; then `bascule resume RUN`. Nothing recorded is lost.",
+            ) from error
+        raise
     finally:
         await log.close()
         if server is not None:

@@ -25,31 +25,33 @@ class CassetteEngine:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._calls: dict[tuple[str, int], ModelCall] = {}
-
-    async def start(self) -> EngineInfo:
         digest = hashlib.blake2b(digest_size=16)
-        with self._path.open("rb") as lines:
+        with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 digest.update(line)
-                payload = line.rstrip(b"\n")
-                try:
-                    data = decode(number, msgspec.json.decode(payload, type=_Subject).subject, payload).data
-                except (msgspec.DecodeError, BasculeError) as e:
-                    raise EngineError(
-                        f"Line {number} of the cassette {self._path} is not an event: {e}.",
-                        next_step="Record it again.",
-                    ) from e
-                if isinstance(data, TrajectoryLogged) and data.body is None:
-                    raise EngineError(
-                        f"Line {number} of the cassette {self._path} keeps its trajectory in a blob.",
-                        next_step="Trajectories over 64 KiB cannot be replayed from a cassette.",
-                    )
-                if isinstance(data, TrajectoryLogged) and data.body is not None:
-                    calls = [s for s in data.body.steps if isinstance(s, ModelCall)]
-                    self._calls |= {(data.trajectory, i): c for i, c in enumerate(calls)}
-        return EngineInfo(
-            name="cassette", model=str(self._path), model_digest="", versions={"cassette": digest.hexdigest()}
-        )
+                self._calls |= self._read(number, line.rstrip(b"\n"))
+        self._digest = digest.hexdigest()
+
+    def _read(self, number: int, payload: bytes) -> dict[tuple[str, int], ModelCall]:
+        try:
+            data = decode(number, msgspec.json.decode(payload, type=_Subject).subject, payload).data
+            if not isinstance(data, TrajectoryLogged):
+                return {}
+            if data.body is None:
+                raise ValueError("its trajectory is in a blob, and only those up to 64 KiB can be replayed")
+            calls = [s for s in data.body.steps if isinstance(s, ModelCall)]
+            for call in calls:
+                unpack_ids(call.prompt_ids)
+        except (msgspec.DecodeError, BasculeError, ValueError, RecursionError) as e:
+            reason = e.message if isinstance(e, BasculeError) else str(e)
+            raise ConfigError(
+                f"Line {number} of the cassette {self._path} is not usable: {reason.rstrip('.')}.",
+                next_step="Record it again.",
+            ) from e
+        return {(data.trajectory, i): c for i, c in enumerate(calls)}
+
+    async def start(self) -> EngineInfo:
+        return EngineInfo(name="cassette", model=str(self._path), model_digest="", versions={"cassette": self._digest})
 
     async def close(self) -> None:
         pass

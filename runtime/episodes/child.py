@@ -212,7 +212,8 @@ def settle_in(folder: str, channel: int, output: int, limits: dict[str, int]) ->
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.dup2(channel, CHANNEL, inheritable=False)
-    os.closerange(CHANNEL + 1, OPEN_FILES)
+    # The zygote's control socket keeps the number that it had in the runtime, which may be above the zygote's limit.
+    os.closerange(CHANNEL + 1, 2**20)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     faulthandler.enable(2, all_threads=False)
     os.mkdir(folder, 0o700)

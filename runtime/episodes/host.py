@@ -19,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 
+from bascule.runtime.episodes.child import remove_tree
 from bascule.runtime.episodes.episode import Episode, Handler, Limits, Outcome
 from bascule.schemas.errors import BasculeError
 from bascule.schemas.harness import Harness
@@ -255,7 +256,8 @@ class ZygoteHost:
             self._process.kill()
             self._process.wait()
         kill_marked(f"{_MARK}={self._mark}".encode())
-        shutil.rmtree(self._folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove_tree(str(self._folder))
 
 
 def kill_marked(mark: bytes) -> None:

@@ -133,6 +133,23 @@ def test_the_tasks_tell_their_baselines(home: Path) -> None:
     assert all(0 < by_split["sealed"] < 0.2 for by_split in scores.values())
 
 
+def test_brackets_in_a_path_are_no_markup(home: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "h[bold]y[x]"
+    result = bascule(folder, "run", "--run-id", "b", *SMALL)
+    assert result.returncode == 0, result.stderr
+    assert str(folder / "runs" / "b" / "report.png") in result.stdout
+
+
+def test_a_cassette_that_is_not_usable_is_refused_before_a_run_is_recorded(home: Path, tmp_path: Path) -> None:
+    cassette = tmp_path / "broken.jsonl"
+    for line in ('{"subject": "a.b.c.d.e", "x": ' + "[" * 100_000, "garbage", ""):
+        cassette.write_text(line + "\n")
+        result = bascule(home, "run", "--engine", "cassette", "--set", f"engine.params.path={cassette}")
+        assert result.returncode == 3
+        assert f"Line 1 of the cassette {cassette} is not usable" in result.stderr
+    assert [r["run"] for r in json.loads(bascule(home, "status", "--json").stdout)] == ["done"]
+
+
 def test_a_run_that_has_ended_cannot_be_cancelled(home: Path) -> None:
     again = bascule(home, "cancel", "done")
     assert again.returncode == 3

@@ -472,3 +472,18 @@ asyncio.run(main())
         runtime.kill()
     await until(lambda: not any(alive(int(pid)) for pid in said[:3]))
     await until(lambda: not Path(said[3]).parent.exists())
+
+
+async def test_a_deep_tree_of_folders_is_removed_with_its_episode() -> None:
+    pool = HarnessPool()
+    body = """
+context.note(os.getcwd())
+for _ in range(3000):
+    os.mkdir("d")
+    os.chdir("d")
+return "deep"
+"""
+    _, heard = await play(pool, solving(body))
+    assert heard.answer == "deep"
+    await pool.close()
+    assert not Path(heard.notes[0]).parent.exists()

@@ -35,6 +35,8 @@ def test_an_episode_started_after_its_record_is_counted_and_one_before_is_not(tm
         started("g00-dev-0000-n0", "2026-01-01T00:00:09Z")
         + started("g00-dev-0000-n0", "2026-01-01T00:00:09.5Z")  # lost in a crash before it was recorded
         + started("g00-dev-0001-n0", "2026-01-01T00:00:30Z")  # never recorded
+        + started("g00-dev-0000-n0", "garbage")
+        + started("g00-dev-0000-n0", "2026-01-01T00:00:30")  # without a zone
         + '{"event": "episode.sta'  # cut short by a kill
     )
     assert repeated_work(path, [logged("g00-dev-0000-n0")]) == (0, 0)
