@@ -1,0 +1,222 @@
+"""Commands that start, follow, end and report runs. Each imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bascule.runtime.cli.command import (
+    Debug,
+    Exit,
+    Home,
+    Json,
+    Run,
+    Url,
+    app,
+    live_progress,
+    make_console,
+    print_json,
+    run_async,
+)
+
+if TYPE_CHECKING:
+    from bascule.runtime.cli.store import Store
+    from bascule.runtime.report import BaselineRow, RunReport
+    from bascule.schemas.envelope import Recorded
+
+
+@app.command()
+def run(
+    task: Annotated[str, typer.Option(help="The task; `bascule tasks` lists them.")] = "arith",
+    max_gen: Annotated[
+        int | None, typer.Option("--max-gen", "--max_gen", help="Lever choices after the first harness.")
+    ] = None,
+    run_id: Annotated[
+        str | None, typer.Option("--run-id", "--run_id", help="Name of the run; <task>-<n> by default.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything that is drawn.")] = None,
+    levers: Annotated[str | None, typer.Option(help="harness, weights, or harness,weights.")] = None,
+    model: Annotated[str | None, typer.Option(help="An embedded model's name, or a local Hugging Face folder.")] = None,
+    engine: Annotated[str | None, typer.Option(help="Inference engine; `bascule plugins` lists them.")] = None,
+    policy: Annotated[str | None, typer.Option(help="Who chooses the lever.")] = None,
+    author: Annotated[str | None, typer.Option(help="Who writes harnesses.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any configuration value, e.g. --set gate.alpha=0.01. Repeatable.")
+    ] = None,
+    home: Home = None,
+    url: Url = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Improve a model on a task: run the five services until the loop stops, and report.
+
+    With --url the run is only started and followed; `bascule serve` processes do the work.
+    """
+    from bascule.plugins.loader import plugins
+    from bascule.runtime.cli import launch
+    from bascule.runtime.cli.store import home_folder, open_store
+
+    given: dict[str, Any] = {
+        "task": {"name": task},
+        "max_generations": max_gen,
+        "seed": seed,
+        "levers": [part.strip() for part in levers.split(",") if part.strip()] if levers is not None else None,
+        "model": model,
+        "engine": {"name": engine} if engine else None,
+        "policy": {"name": policy} if policy else None,
+        "author": {"name": author} if author else None,
+    }
+    config = launch.configure(given, set_ or [], plugins())
+    started = launch.preflight(config, plugins())
+
+    async def execute() -> None:
+        async with open_store(home_folder(home), url=url, exclusive=url is None) as store:
+            name = run_id if run_id is not None else await launch.free_run_id(store, config.task.name)
+            await launch.start(store, name, started)
+            await _follow(store, name, as_json, serve=url is None)
+
+    run_async(execute())
+
+
+@app.command()
+def resume(run: Run, home: Home = None, url: Url = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Go on with a run that was killed or paused: nothing that the log holds is done again."""
+    from bascule.runtime.cli import launch
+    from bascule.runtime.cli.store import home_folder, open_store
+
+    async def execute() -> None:
+        async with open_store(home_folder(home), url=url, exclusive=url is None) as store:
+            todo = await launch.resume(store, run)
+            await _follow(store, run, as_json, serve=url is None and todo, skip=True)
+
+    run_async(execute())
+
+
+async def _follow(store: Store, name: str, as_json: bool, *, serve: bool, skip: bool = False) -> None:
+    """Serve or watch a run to its end with live progress, then report it."""
+    from rich.markup import escape
+
+    from bascule.runtime.cli import launch
+
+    with live_progress(as_json) as live:
+        live.say(escape(f"log: {store.home}; run: {name}"))
+        if skip:
+            live.skip_to(await store.log.head(f"bascule.{name}.>"))
+        await (launch.work if serve else launch.watch)(store, name, [live])
+    result = await _report(store, name, picture=True)
+    if as_json:
+        print_json(result)
+    else:
+        from bascule.runtime.cli.show import show_report
+
+        show_report(result, make_console())
+    if result.status != "completed":
+        raise typer.Exit(Exit.DIFFERS)
+
+
+@app.command()
+def status(
+    run: Annotated[str | None, typer.Argument(help="One run in full; all runs in a line each without it.")] = None,
+    home: Home = None,
+    url: Url = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """What runs there are, and how far they are; also while they run."""
+    from bascule.runtime.cli.show import show_report, show_runs
+    from bascule.runtime.cli.store import home_folder, open_store
+    from bascule.runtime.report import report
+
+    async def execute() -> None:
+        async with open_store(home_folder(home), url=url) as store:
+            if run is not None:
+                result = await _report(store, run, picture=False)
+                print_json(result) if as_json else show_report(result, make_console())
+                return
+            results = [report(await store.events(name)) async for name in store.runs()]
+            print_json(results) if as_json else show_runs(results, make_console())
+
+    run_async(execute())
+
+
+@app.command()
+def ablate(run: Run, home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Where a completed run's gain comes from: its final harness on an engine that always answers the same, and without
+    its adapter. Both are measured on the sealed split and recorded in the run's log."""
+    from bascule.runtime.ablation import ablation_report
+    from bascule.runtime.cli import launch
+    from bascule.runtime.cli.show import show_ablation
+    from bascule.runtime.cli.store import home_folder, open_store
+
+    async def execute() -> None:
+        async with open_store(home_folder(home), exclusive=True) as store:
+            constant = await launch.request_ablations(store, run)
+            with live_progress(as_json) as live:
+                live.skip_to(await store.log.head(f"bascule.{run}.>"))
+                await launch.work(store, run, [live])
+            rows = ablation_report(await store.events(run), constant)
+        print_json(rows) if as_json else show_ablation(rows, make_console())
+
+    run_async(execute())
+
+
+def _ending(run: str, home: Path | None, url: str | None, *, cancel: bool, reason: str) -> None:
+    from bascule.runtime.cli import launch
+    from bascule.runtime.cli.store import home_folder, open_store
+
+    async def execute() -> None:
+        async with open_store(home_folder(home), url=url) as store:
+            await launch.end(store, run, cancel=cancel, reason=reason)
+
+    run_async(execute())
+
+
+Reason = Annotated[str, typer.Option(help="Recorded with it.")]
+
+
+@app.command()
+def pause(run: Run, reason: Reason = "asked for", home: Home = None, url: Url = None, debug: Debug = False) -> None:
+    """Make the services let go of a run; `bascule resume` goes on from what the log holds."""
+    _ending(run, home, url, cancel=False, reason=reason)
+
+
+@app.command()
+def cancel(run: Run, reason: Reason = "asked for", home: Home = None, url: Url = None, debug: Debug = False) -> None:
+    """End a run for good."""
+    _ending(run, home, url, cancel=True, reason=reason)
+
+
+async def _report(store: Store, name: str, *, picture: bool) -> RunReport:
+    import msgspec
+
+    from bascule.runtime.repeats import repeated_work
+    from bascule.runtime.report import draw, report
+
+    events = await store.events(name)
+    rollouts, updates = repeated_work(store.home / "runs" / name / "services.jsonl", events)
+    result = msgspec.structs.replace(
+        report(events, await _baselines(events)), repeated_rollouts=rollouts, repeated_updates=updates
+    )
+    if picture and result.generations:
+        path = store.home / "runs" / name / "report.png"
+        await asyncio.to_thread(draw, result, path)
+        result = msgspec.structs.replace(result, picture=str(path))
+    return result
+
+
+async def _baselines(events: list[Recorded]) -> list[BaselineRow]:
+    """The task's baselines on the sealed split, once the run has looked at it."""
+    from bascule.plugins.loader import plugins
+    from bascule.runtime.baselines import score_baselines
+    from bascule.runtime.report import BaselineRow
+    from bascule.runtime.world import world_of
+    from bascule.schemas.events import RunCompleted, RunStarted
+
+    started = events[0].data
+    if not isinstance(started, RunStarted) or not any(isinstance(e.data, RunCompleted) for e in events):
+        return []
+    scores = await score_baselines(world_of(plugins(), started), ("sealed",))
+    return [BaselineRow(name=name, sealed=by_split["sealed"]) for name, by_split in scores.items()]
