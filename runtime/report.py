@@ -214,8 +214,9 @@ def draw(result: RunReport, path: Path) -> None:
         right.set_xticks((0, 1), (f"before\n{s.before:.3f}", f"after\n{s.after:.3f}"))
         right.set_title(f"sealed, n={s.n}, p={s.p:.2g}", fontsize=10)
     for baseline in result.baselines:
-        right.axhline(baseline.sealed, ls="--", lw=0.8, c="#777777")
-        right.text(1.45, baseline.sealed, baseline.name, fontsize=7, va="bottom", ha="right")
+        right.axhline(baseline.sealed, ls="--", lw=0.8, c="#444444", label=f"{baseline.name} {baseline.sealed:.3f}")
+    if result.baselines:
+        right.legend(fontsize=7, loc="upper left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
