@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import json
 import os
 import random
 import signal
@@ -11,8 +13,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from bascule.runtime.cli.store import open_store
 from bascule.runtime.log.nats import NatsLog
 from bascule.runtime.log.server import attach
+from bascule.runtime.state import RunState
 
 
 async def reached(home: Path, run: str, target: int, process: subprocess.Popen[bytes]) -> bool:
@@ -78,6 +82,16 @@ def kill_and_resume(world: Any, home: str, start: list[str], run: str, targets: 
     return report
 
 
+async def live_and_folded(home: Path, run: str) -> tuple[str, str]:
+    """Digests of the state that the last serving process held, as it wrote it down, and of a fold of the log to there."""
+    lines = (home / "runs" / run / "services.jsonl").read_text().splitlines()
+    left = json.loads([line for line in lines if '"run.left"' in line][-1])
+    async with open_store(home) as store:
+        folded = RunState.of(run, [e for e in await store.events(run) if e.seq <= left["seq"]])
+    assert folded.end is not None
+    return left["state"], hashlib.blake2b(folded.digest(), digest_size=16).hexdigest()
+
+
 def test_twenty_kills_repeat_nothing_and_change_no_decision(
     world: Any, recorded: dict[str, Any], unkilled: dict[str, Any]
 ) -> None:
@@ -89,3 +103,5 @@ def test_twenty_kills_repeat_nothing_and_change_no_decision(
     assert report["repeated_updates"] == 0
     assert world.json("replay", "same", home="killed")["differences"] == []
     assert world.json("verify", "same", home="killed")["faults"] == []
+    live, folded = asyncio.run(live_and_folded(world.root / "killed", "same"))
+    assert live == folded

@@ -5,14 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bascule.runtime.cli.store import open_store
-from bascule.runtime.state import RunState
-from tests.e2e.test_kill import kill_and_resume
+from tests.e2e.test_kill import kill_and_resume, live_and_folded
 
 #: A run of some 2,200 events that pulls both levers.
 START = [
@@ -23,19 +20,6 @@ START = [
 ]
 EVENTS = 1200
 KILLS = 6
-
-
-async def _states(home: Path) -> tuple[bytes, bytes]:
-    """The state folded from the log event by event, and the state that a service folds."""
-    from bascule.runtime.cli.launch import view_of
-
-    async with open_store(home) as store:
-        folded = RunState(run="smol")
-        for event in await store.events("smol"):
-            folded.apply(event)
-        view = view_of(store, "smol")
-        await view.follow([])
-        return folded.digest(), view.state.digest()
 
 
 @pytest.mark.nightly
@@ -49,7 +33,7 @@ def test_killed_runs_of_the_real_model_repeat_nothing(world: Any, seed: int) -> 
     replayed = world.json("replay", "smol", home=home)
     assert replayed["differences"] == []
     assert world.json("verify", "smol", home=home)["faults"] == []
-    folded, live = asyncio.run(_states(world.root / home))
-    assert folded == live
+    live, folded = asyncio.run(live_and_folded(world.root / home, "smol"))
+    assert live == folded
     shown = {k: report[k] for k in ("seed", "events", "decision_hash", "repeated_rollouts", "repeated_updates")}
     print(json.dumps({**shown, "killed at": targets, "decisions": replayed["decisions"], "sealed": report["sealed"]}))
