@@ -83,7 +83,7 @@ def kill_and_resume(world: Any, home: str, start: list[str], run: str, targets: 
 
 
 async def live_and_folded(home: Path, run: str) -> tuple[str, str]:
-    """Digests of the state that the last serving process held, as it wrote it down, and of a fold of the log to there."""
+    """Digests of the state that the last serving process held when it let go, and of a fold of the log to there."""
     lines = (home / "runs" / run / "services.jsonl").read_text().splitlines()
     left = json.loads([line for line in lines if '"run.left"' in line][-1])
     async with open_store(home) as store:
