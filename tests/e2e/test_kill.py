@@ -96,7 +96,9 @@ def test_twenty_kills_repeat_nothing_and_change_no_decision(
     world: Any, recorded: dict[str, Any], unkilled: dict[str, Any]
 ) -> None:
     rng = random.Random(11)
-    targets = sorted(rng.sample(range(2, unkilled["events"]), 20))
+    # The last process must have work left: only one that lets go by itself writes down the state that it held.
+    targets = sorted(rng.sample(range(2, unkilled["events"] * 4 // 5), 20))
+    print(f"kills at events {targets} of {unkilled['events']}")
     report = kill_and_resume(world, "killed", world.cassette_run(recorded["cassette"]), "same", targets)
     assert report["decision_hash"] == unkilled["decision_hash"]
     assert report["repeated_rollouts"] == 0
