@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,6 +53,7 @@ class View:
     """One process's view of one run: its folded state, kept up to date, and the way to append to it.
 
     Args:
+        writers: the log as each service may write it, by service; ``log`` stands in for the others.
         fresh: deliver shared work again at once instead of waiting for the leases of workers that are gone; only right
             where no other process serves the run.
     """
@@ -67,10 +68,12 @@ class View:
         *,
         home: Path,
         fresh: bool,
+        writers: Mapping[str, EventLog] | None = None,
         logger: Any = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.log = log
+        self._writers = writers or {}
         self.blobs = blobs
         self.plugins = plugins
         self.run = run
@@ -91,6 +94,10 @@ class View:
         assert self._world is not None
         return self._world
 
+    def writer(self, service: str) -> EventLog:
+        """The log with the permissions of ``service``."""
+        return self._writers.get(service, self.log)
+
     async def append(self, service: str, drafts: Sequence[Draft], *, fence: Fence | None = None) -> list[Recorded]:
         """Encode and append; what is already there is adopted."""
         now = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
@@ -102,7 +109,7 @@ class View:
             )
             for d in drafts
         ]
-        return await self.log.append(new, fence=fence)
+        return await self.writer(service).append(new, fence=fence)
 
     async def ready(self) -> None:
         """Wait until the log has been read to its end once."""

@@ -64,6 +64,18 @@ class Corrupt(LogError):
     code = "bascule.log.corrupt"
 
 
+class NotPermitted(LogError):
+    """The server refuses this user; the message holds the server's own words."""
+
+    code = "bascule.log.not_permitted"
+
+
+class Erased(NotFound):
+    """The blob was deleted on request; the log says when and why."""
+
+    code = "bascule.erased"
+
+
 class PluginError(BasculeError):
     """A plugin is missing, broken or ambiguous."""
 

@@ -421,6 +421,56 @@ class RunFailed(Data, frozen=True, kw_only=True):
     reason: str
 
 
+class RunForked(Data, frozen=True, kw_only=True):
+    """A what-if: up to here this run repeats another one; from here on ``config`` is in force.
+
+    Attributes:
+        run, count, head: the run that was forked, how many of its events are repeated, and its chain's head there.
+        step: the generation from which on decisions are made anew.
+        changes: what was set, by dotted key.
+    """
+
+    TYPE = "bascule.run.forked"
+    KIND = "command"
+    run: str
+    count: int
+    head: str
+    step: int
+    config: RunConfig
+    changes: dict[str, Any]
+
+
+class RuntimeChanged(Data, frozen=True, kw_only=True):
+    """Somebody let the run go on under other code than it was pinned to; ``plugins`` are the pins from here on."""
+
+    TYPE = "bascule.run.runtime_changed"
+    KIND = "command"
+    plugins: tuple[PluginPin, ...]
+    changes: tuple[str, ...]
+
+
+class LogCheckpointed(Data, frozen=True, kw_only=True):
+    """The notary's note of how far the run's hash chain goes.
+
+    Attributes:
+        count: events of the run, from its start, that ``head`` covers.
+        head: the chain's value after them, hexadecimal.
+    """
+
+    TYPE = "bascule.log.checkpointed"
+    count: int
+    head: str
+
+
+class BlobErased(Data, frozen=True, kw_only=True):
+    """A blob was deleted for good on somebody's request; the events that name it stay as they are."""
+
+    TYPE = "bascule.blob.erased"
+    KIND = "command"
+    sha256: str
+    reason: str
+
+
 TYPES: dict[tuple[str, int], type[Data]] = {
     (t.TYPE, t.VERSION): t
     for t in (
@@ -449,6 +499,10 @@ TYPES: dict[tuple[str, int], type[Data]] = {
         RunCancelled,
         RunCompleted,
         RunFailed,
+        RunForked,
+        RuntimeChanged,
+        LogCheckpointed,
+        BlobErased,
     )
 }
 KNOWN_TYPES = {name for name, _ in TYPES}

@@ -134,3 +134,24 @@ def adapter_served(run: str, adapter: str) -> str:
 
 def ablation_requested(run: str, name: str) -> str:
     return subject(run, "ablation", name, "requested")
+
+
+def run_forked(run: str) -> str:
+    return subject(run, "run", "fork", "forked")
+
+
+def runtime_changed(run: str, ordinal: int) -> str:
+    return subject(run, "run", f"runtime-{ordinal:03d}", "changed")
+
+
+def log_checkpointed(run: str, count: int) -> str:
+    return subject(run, "log", f"at-{count:09d}", "checkpointed")
+
+
+def log_aggregate(run: str) -> str:
+    """The filter that fences the notary: one checkpoint at a time."""
+    return f"{ROOT}.{token(run)}.log.>"
+
+
+def blob_erased(run: str, sha256: str) -> str:
+    return subject(run, "blob", sha256, "erased")

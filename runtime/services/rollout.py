@@ -54,7 +54,7 @@ class Rollout:
             stack.push_async_callback(pool.close)
             stack.push_async_callback(self._close)
             await self._engine(view, None)
-            queue = await view.log.work(view.run, NAME, [subject], fresh=view.fresh)
+            queue = await view.writer(NAME).work(view.run, NAME, [subject], fresh=view.fresh)
             stack.push_async_callback(queue.close)
             slots = asyncio.Semaphore(SHARDS_IN_FLIGHT)
             group = await stack.enter_async_context(asyncio.TaskGroup())

@@ -96,7 +96,7 @@ class Verifier:
     async def run(self, view: View) -> None:
         await view.ready()
         task = view.world.config.task
-        queue = await view.log.work(view.run, NAME, [f"bascule.{view.run}.traj.*.logged"], fresh=view.fresh)
+        queue = await view.writer(NAME).work(view.run, NAME, [f"bascule.{view.run}.traj.*.logged"], fresh=view.fresh)
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(queue.close)
             scorer = await stack.enter_async_context(Scorer(task.name, task.params))
