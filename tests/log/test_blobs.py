@@ -1,111 +1,142 @@
-"""What the blob store promises: bytes come back as they were put, or not at all."""
+"""What every blob store promises: bytes come back as they were put, or not at all; in a folder and on a real broker."""
 
 from __future__ import annotations
 
-import errno
+import asyncio
 import hashlib
-import os
-from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from bascule.runtime.log.blobs import BlobStore
-from bascule.schemas.errors import Corrupt, LogError, NotFound
+from bascule.runtime.log.bucket import CHUNK_BYTES
+from bascule.schemas.errors import Corrupt, Erased, NotFound
 from bascule.schemas.events import BlobRef
+from tests.log.blob_kits import Kit
+
+NEVER, ALWAYS = 3600.0, -1.0  # older than an hour; older than now
+GONE = BlobRef(sha256="a" * 64, size=1)
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> BlobStore:
-    return BlobStore(tmp_path / "blobs")
+def some(size: int) -> bytes:
+    return hashlib.shake_256(str(size).encode()).digest(size)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
-@given(st.binary(max_size=300))
-def test_bytes_come_back_as_they_were_put(store: BlobStore, data: bytes) -> None:
-    ref = store.put(data, "text/plain")
-    assert ref == BlobRef(sha256=hashlib.sha256(data).hexdigest(), size=len(data), media="text/plain")
-    assert store.get(ref) == data
-    assert store.put(data, "text/plain") == ref
+@pytest.mark.parametrize("size", [0, 1, 300, CHUNK_BYTES, CHUNK_BYTES + 1, 2 * CHUNK_BYTES + 5])
+@pytest.mark.parametrize("media", ["text/plain", "application/octet-stream"])
+async def test_bytes_come_back_as_they_were_put(kit: Kit, size: int, media: str) -> None:
+    data = some(size)
+    ref = await kit.store().put(data, media)
+    assert ref == BlobRef(sha256=hashlib.sha256(data).hexdigest(), size=size, media=media)
+    assert await kit.store().put(data, media) == ref
+    assert await kit.store().get(ref) == data
 
 
-def test_a_blob_is_for_its_owner_only(store: BlobStore) -> None:
-    path = store.path(store.put(b"data"))
-    assert [p.stat().st_mode & 0o777 for p in (path, path.parent, store.root)] == [0o600, 0o700, 0o700]
+async def test_one_run_does_not_see_the_blobs_of_another(kit: Kit) -> None:
+    ref = await kit.store("x").put(b"data")
+    with pytest.raises(NotFound):
+        await kit.store("y").get(ref)
+    assert await kit.store("y").list() == ()
+    assert [s.sha256 for s in await kit.store("x").list()] == [ref.sha256]
 
 
-def test_a_missing_blob_is_named_with_its_path(store: BlobStore) -> None:
-    ref = BlobRef(sha256="a" * 64, size=1)
-    with pytest.raises(NotFound, match=str(store.root / "aa" / ref.sha256)):
-        store.get(ref)
+async def test_a_missing_blob_is_named_and_not_said_to_be_erased(kit: Kit) -> None:
+    with pytest.raises(NotFound, match=GONE.sha256) as caught:
+        await kit.store().get(GONE)
+    assert not isinstance(caught.value, Erased)
 
 
-@pytest.mark.parametrize("damage", [b"dat", b"datA", b"data and more", b""])
-def test_a_damaged_blob_is_never_returned(store: BlobStore, damage: bytes) -> None:
-    ref = store.put(b"data")
-    store.path(ref).write_bytes(damage)
+@pytest.mark.parametrize("damage", [b"dat", b"datA", b"data and more", b""], ids=["cut", "flipped", "longer", "empty"])
+async def test_a_damaged_blob_is_never_returned(kit: Kit, damage: bytes) -> None:
+    ref = await kit.store().put(b"data")
+    await kit.damage(ref, damage)
     with pytest.raises(Corrupt, match=ref.sha256):
-        store.get(ref)
+        await kit.store().get(ref)
 
 
-def test_putting_again_repairs_a_damaged_blob(store: BlobStore) -> None:
-    ref = store.put(b"data")
-    store.path(ref).write_bytes(b"")
-    store.put(b"data")
-    assert store.get(ref) == b"data"
+async def test_putting_again_repairs_a_damaged_blob(kit: Kit) -> None:
+    ref = await kit.store().put(b"data")
+    await kit.damage(ref, b"")
+    await kit.store().put(b"data")
+    assert await kit.store().get(ref) == b"data"
 
 
 @pytest.mark.parametrize("sha256", ["", "../../etc/passwd", "A" * 64, "a" * 63, "a" * 64 + "\n", "/" * 64])
-def test_a_reference_cannot_point_outside_the_store(store: BlobStore, sha256: str) -> None:
-    with pytest.raises(Corrupt, match="is not a sha256"):
-        store.get(BlobRef(sha256=sha256, size=0))
+async def test_a_reference_cannot_point_outside_the_store(kit: Kit, sha256: str) -> None:
+    ref = BlobRef(sha256=sha256, size=0)
+    for work in (kit.store().get(ref), kit.store().discard(ref), kit.store().erase(sha256)):
+        with pytest.raises(Corrupt, match="is not a sha256"):
+            await work
 
 
-def test_a_link_in_the_place_of_a_blob_is_not_followed(store: BlobStore, tmp_path: Path) -> None:
-    ref = store.put(b"data")
-    (tmp_path / "elsewhere").write_bytes(b"data")
-    store.path(ref).unlink()
-    store.path(ref).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(Corrupt, match="cannot be read"):
-        store.get(ref)
+async def test_many_may_put_the_same_bytes_at_the_same_time(kit: Kit) -> None:
+    data = some(CHUNK_BYTES + 1)
+    refs = await asyncio.gather(*(kit.store().put(data) for _ in range(8)))
+    assert len(set(refs)) == 1
+    assert await kit.store().get(refs[0]) == data
+    assert [s.sha256 for s in await kit.store().list()] == [refs[0].sha256]
 
 
-def test_a_blob_is_synced_before_it_has_its_name_and_its_folder_after(
-    store: BlobStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store.put(b"so that the folders are there")
-    steps: list[str] = []
-    fsync, replace = os.fsync, os.replace
-
-    def seen_fsync(fd: int) -> None:
-        steps.append(f"fsync {Path(os.readlink(f'/proc/self/fd/{fd}')).suffix or 'folder'}")
-        fsync(fd)
-
-    def seen_replace(self: Path, target: Path) -> Path:
-        steps.append("rename")
-        replace(self, target)
-        return target
-
-    monkeypatch.setattr(os, "fsync", seen_fsync)
-    monkeypatch.setattr(Path, "replace", seen_replace)
-    store.put(b"data")
-    assert steps[-3:] == ["fsync .tmp", "rename", "fsync folder"]
+async def test_a_discarded_blob_is_missing_and_can_be_put_again(kit: Kit) -> None:
+    ref = await kit.store().put(b"data")
+    await kit.store().discard(ref)
+    await kit.store().discard(ref)
+    with pytest.raises(NotFound):
+        await kit.store().get(ref)
+    assert await kit.store().list() == ()
+    assert await kit.store().get(await kit.store().put(b"data")) == b"data"
 
 
-def test_a_failed_put_leaves_nothing_and_says_why(store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(fd: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+async def test_an_erased_blob_says_so_and_stays_erased(kit: Kit) -> None:
+    ref = await kit.store().put(b"data")
+    other = await kit.store().put(b"other")
+    await kit.store().erase(ref.sha256)
+    await kit.store().erase(ref.sha256)
+    with pytest.raises(Erased, match=ref.sha256):
+        await kit.store().get(ref)
+    with pytest.raises(Erased, match=ref.sha256):
+        await kit.store().put(b"data")
+    assert [s.sha256 for s in await kit.store().list()] == [other.sha256]
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(LogError, match="is full"):
-            store.put(b"data")
-    assert [p for p in store.root.rglob("*") if p.is_file()] == []
-    assert store.get(store.put(b"data")) == b"data"
+
+async def test_a_blob_can_be_erased_where_it_never_was(kit: Kit) -> None:
+    await kit.store().erase(GONE.sha256)
+    with pytest.raises(Erased):
+        await kit.store().get(GONE)
 
 
-def test_a_file_in_the_place_of_the_store_is_named(tmp_path: Path) -> None:
-    (tmp_path / "blobs").write_text("a file in its place")
-    with pytest.raises(LogError, match="cannot be written"):
-        BlobStore(tmp_path / "blobs").put(b"data")
+async def test_a_put_at_the_same_time_does_not_undo_an_erasure(kit: Kit) -> None:
+    for i in range(10):
+        data = some(i)
+        erased = hashlib.sha256(data).hexdigest()
+        await asyncio.gather(kit.store().put(data), kit.store().erase(erased), return_exceptions=True)
+        with pytest.raises(Erased):
+            await kit.store().get(BlobRef(sha256=erased, size=i))
+    assert await kit.store().list() == ()
+
+
+async def test_only_what_is_old_enough_is_swept(kit: Kit) -> None:
+    ref = await kit.store().put(b"data")
+    assert not await kit.store().sweep(ref.sha256, NEVER)
+    assert await kit.store().get(ref) == b"data"
+    assert await kit.store().sweep(ref.sha256, ALWAYS)
+    assert not await kit.store().sweep(ref.sha256, ALWAYS)
+    assert await kit.store().list() == ()
+
+
+async def test_what_is_put_again_is_young_again(kit: Kit) -> None:
+    ref = await kit.store().put(b"data")
+    await kit.make_old(ref)
+    before = await kit.last_put(ref)
+    await kit.store().put(b"data")
+    assert await kit.last_put(ref) > before
+    assert not await kit.store().sweep(ref.sha256, NEVER)
+
+
+async def test_what_cut_short_puts_left_is_tidied_up_and_nothing_else(kit: Kit) -> None:
+    ref = await kit.store().put(b"data")
+    await kit.cut_short()
+    assert await kit.store("other").tidy(ALWAYS) == 0
+    assert await kit.store().tidy(NEVER) == 0
+    assert await kit.store().tidy(ALWAYS, dry_run=True) == 1
+    assert await kit.store().tidy(ALWAYS) == 1
+    assert await kit.store().tidy(ALWAYS) == 0
+    assert await kit.store().get(ref) == b"data"
