@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from bascule.runtime.cli.command import Debug, Home, Json, app, make_console, print_json, run_async
+from bascule.runtime.cli.command import (
+    Credentials,
+    Debug,
+    Home,
+    Json,
+    Url,
+    app,
+    make_console,
+    print_json,
+    run_async,
+)
 
 
 @app.command()
@@ -17,32 +27,47 @@ def broker(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Run the embedded NATS server by itself, for `bascule serve` processes on this machine. Prints its address."""
+    """Run the embedded NATS server by itself, for `bascule serve` processes on this machine. Prints its address.
+
+    What each user logs in with is in credentials.json in the home; --json prints its path.
+    """
     from bascule.runtime.cli.store import home_folder
+    from bascule.runtime.log.access import embedded_access, written
+    from bascule.runtime.log.home import write_private
+    from bascule.runtime.log.permissions import ADMIN
     from bascule.runtime.log.server import EmbeddedServer
 
     server = EmbeddedServer.start(home_folder(home), port=port)
-    url = server.url.replace("://", f"://{server.user}:{server.password}@", 1)
-    if as_json:
-        print_json({"url": url, "pid": server.pid})
-    else:
-        typer.echo(url)
-    sys.stdout.flush()
+    credentials = server.home / "credentials.json"
+    access = embedded_access(server.connection)
+
+    async def make_streams() -> None:
+        await (await access.connect(ADMIN)).close()
+
     try:
+        run_async(make_streams())
+        write_private(credentials, written(access.credentials or {}))
+        if as_json:
+            print_json({"url": server.url, "pid": server.pid, "credentials": str(credentials)})
+        else:
+            typer.echo(server.url)
+        sys.stdout.flush()
         server.wait()
     finally:
+        credentials.unlink(missing_ok=True)
         server.stop()
 
 
 @app.command()
 def serve(
     service: Annotated[str, typer.Argument(help="meta, rollout, verifier, feedback or trainer.")],
-    url: Annotated[str, typer.Option(help="The NATS server, nats://[user:password@]host:port.")],
+    url: Url = None,
+    credentials: Credentials = None,
     run: Annotated[str | None, typer.Option(help="Serve this run only.")] = None,
     home: Home = None,
     debug: Debug = False,
 ) -> None:
-    """Run one of the five services against a NATS server, for every run, until stopped.
+    """Run one of the five services for every run, until stopped: at --url, or on the `bascule broker` of --home.
 
     Any number of rollout and verifier processes share the work. All processes need the same blob folder (--home).
     """
@@ -53,7 +78,8 @@ def serve(
     found = launch.service_named(service)
 
     async def execute() -> None:
-        async with open_store(home_folder(home), url=url) as store:
+        opened = open_store(home_folder(home), url=url, credentials=credentials, user=service, start=False)
+        async with opened as store:
             console.print(f"{service}: serving", highlight=False)
             await launch.serve_forever(
                 store, found, run, lambda text: console.print(text, highlight=False, markup=False)

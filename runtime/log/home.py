@@ -14,6 +14,8 @@ from typing import Final
 
 import msgspec
 
+from bascule.runtime.log.config import LOG_ACCOUNT
+from bascule.runtime.log.permissions import ADMIN, USERS
 from bascule.schemas.errors import LogError
 
 POLL_SECONDS: Final = 0.002
@@ -25,15 +27,23 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         url: ``nats://127.0.0.1:<port>``.
+        passwords: of each of our users; of these ``user`` is the one who may do everything.
         pid: of the server itself.
         name: the server's name for this start; tells it from another one on a reused port.
     """
 
     url: str
-    user: str
-    password: str
+    passwords: dict[str, str]
     pid: int
     name: str
+
+    @property
+    def user(self) -> str:
+        return ADMIN
+
+    @property
+    def password(self) -> str:
+        return self.passwords[ADMIN]
 
     @property
     def port(self) -> int:
@@ -44,7 +54,7 @@ def attach(home: Path) -> Connection | None:
     """How to connect to the server that runs on ``home``, None if there is none. Takes no lock."""
     try:
         connection = msgspec.json.decode((home / "server.json").read_bytes(), type=Connection)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None
     return connection if server_name(connection.port) == connection.name else None
 
@@ -85,12 +95,21 @@ def _is_alive(pid: str) -> bool:
     return True
 
 
-def stored_password(home: Path) -> str:
-    """The one in ``server.json`` if a crash left it there, so that clients that wait can reconnect; else a new one."""
+def stored_passwords(home: Path) -> dict[str, str]:
+    """A password for each user: those in ``server.json`` if a crash left it there, so that clients that wait can
+    reconnect; else new ones."""
     try:
-        return msgspec.json.decode((home / "server.json").read_bytes(), type=Connection).password
-    except (OSError, msgspec.DecodeError):
-        return secrets.token_urlsafe(32)
+        left = msgspec.json.decode((home / "server.json").read_bytes(), type=Connection).passwords
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        left = {}
+    return {user: left.get(user) or secrets.token_urlsafe(32) for user in USERS}
+
+
+def move_to_account(streams: Path) -> None:
+    """Move a log that was made before there were accounts to where the server looks for it now."""
+    old, new = streams / "$G", streams / LOG_ACCOUNT
+    if old.is_dir() and not new.exists():
+        old.rename(new)
 
 
 def server_name(port: int) -> str | None:

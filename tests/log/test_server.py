@@ -19,6 +19,7 @@ import pytest
 
 from bascule.runtime.log import server as module
 from bascule.runtime.log.home import server_name
+from bascule.runtime.log.permissions import USERS
 from bascule.runtime.log.server import Connection, EmbeddedServer, attach
 from bascule.schemas.errors import LogError
 
@@ -80,7 +81,9 @@ def test_credentials_and_store_are_for_their_owner_only(tmp_path: Path) -> None:
             p: (tmp_path / "home" / p).stat().st_mode & 0o777 for p in ("", "nats", "server.json", "nats/server.conf")
         }
         assert modes == {"": 0o700, "nats": 0o700, "server.json": 0o600, "nats/server.conf": 0o600}
-        assert len(again.password) >= 32
+        assert set(again.connection.passwords) == set(USERS)
+        assert len(set(again.connection.passwords.values())) == len(USERS)
+        assert all(len(password) >= 32 for password in again.connection.passwords.values())
     finally:
         again.stop()
 
@@ -164,7 +167,7 @@ def test_a_killed_server_restarts_where_its_clients_look_for_it(tmp_path: Path) 
         assert server.wait() == -signal.SIGKILL
         assert not server.alive
         server.restart()
-        assert (server.url, server.password) == (before.url, before.password)
+        assert (server.url, server.connection.passwords) == (before.url, before.passwords)
         assert attach(tmp_path) == server.connection
     finally:
         server.stop()
@@ -223,6 +226,19 @@ def test_a_full_disk_is_said_to_be_full_and_releases_the_home(tmp_path: Path, mo
         with pytest.raises(LogError, match=f"The disk of {tmp_path} is full"):
             EmbeddedServer.start(tmp_path)
     EmbeddedServer.start(tmp_path).stop()
+
+
+def test_a_home_on_a_read_only_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, make = tmp_path / "home", Path.mkdir
+
+    def read_only(path: Path, *args: int, **options: bool) -> None:
+        if path.is_relative_to(home):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        make(path, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    with pytest.raises(LogError, match=rf"{home} cannot be used as a home: Read-only file system .*write to"):
+        EmbeddedServer.start(home)
 
 
 def test_a_server_that_fails_gives_its_own_reason(tmp_path: Path) -> None:

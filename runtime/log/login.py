@@ -1,0 +1,66 @@
+"""Who logs in at a NATS server, whom a client trusts, and what it is told when either fails."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+
+import msgspec
+
+from bascule.schemas.errors import ConfigError, LogError, NotPermitted
+
+
+class Login(msgspec.Struct, frozen=True, kw_only=True):
+    """Who connects. With a seed the name is for messages only: the server knows the user by the public key."""
+
+    user: str | None = None
+    password: str | None = None
+    nkey_seed: str | None = None
+
+    def check(self) -> None:
+        """Raise ConfigError if the seed is none, or cannot be used here."""
+        if self.nkey_seed is None:
+            return
+        try:
+            import nkeys
+        except ImportError as e:
+            raise ConfigError(
+                "A login by seed needs the package nkeys.", next_step="Install it with `pip install 'bascule[ops]'`."
+            ) from e
+        try:
+            nkeys.from_seed(bytearray(self.nkey_seed.encode())).wipe()
+        except (nkeys.NkeysError, ValueError) as e:
+            raise ConfigError(
+                f"The nkey_seed of the user {self.user or '(unnamed)'} is not one.",
+                next_step="A seed begins with SU; `bascule ops nats-config` makes them.",
+            ) from e
+
+
+def unknown_user(url: str, login: Login) -> NotPermitted:
+    return NotPermitted(
+        f"The server at {url} refuses the user {login.user or '(none)'}: authorization violation.",
+        next_step="Check the credentials: in the URL, or in the file that --credentials or BASCULE_CREDENTIALS names.",
+    )
+
+
+def untrusted(url: str, error: ssl.SSLError) -> LogError:
+    reason = getattr(error, "verify_message", "") or error.reason or str(error)
+    return LogError(
+        f"The certificate of the server at {url} is not trusted: {reason}.",
+        next_step="Set BASCULE_TLS_CA to the certificate of the authority that signed it.",
+    )
+
+
+def trust(ca: Path | None) -> ssl.SSLContext:
+    """The certificates in ``ca``, else the system's.
+
+    Raises:
+        ConfigError: ``ca`` cannot be used.
+    """
+    try:
+        return ssl.create_default_context(cafile=ca)
+    except OSError as e:
+        raise ConfigError(
+            f"{ca} holds no certificates that can be used: {e.strerror or e}.",
+            next_step="Set BASCULE_TLS_CA to a PEM file.",
+        ) from e
