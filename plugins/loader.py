@@ -177,6 +177,7 @@ def plugins() -> Plugins:
     return load_plugins()
 
 
+@cache
 def code_hash() -> str:
     """Hash of the installed ``bascule`` code, as recorded in every event's producer."""
     root = Path(__file__).parent.parent

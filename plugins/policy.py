@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import msgspec
 
@@ -31,6 +31,18 @@ class CallTool(msgspec.Struct, frozen=True, kw_only=True):
 
 Call = CallModel | CallTool
 CallResult = ModelCalled | ToolCalled
+
+
+class Performed(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of a call.
+
+    Attributes:
+        answer: the model's answer, as plain JSON; for a tool ``{"result": text}`` or ``{"error": text}``.
+    """
+
+    answer: dict[str, Any]
+    input_tokens: int = 0
+    output_tokens: int = 0
 
 
 class Generation(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,6 +94,19 @@ class PolicyInput(msgspec.Struct, frozen=True, kw_only=True):
     best: int
     algorithms: tuple[AlgorithmInfo, ...]
     edits_left: int | None = None
+
+
+@runtime_checkable
+class Performer(Protocol):
+    """What a policy or an author that asks for calls has as well: the effect, kept out of the pure ``step``."""
+
+    async def perform(self, call: Call) -> Performed:
+        """Make the call. Its result is recorded, so a crash repeats only a call that was under way.
+
+        Raises:
+            BasculeError: it cannot be made; the service stops, and the call is made again after a resume.
+        """
+        ...
 
 
 class Policy(Protocol):

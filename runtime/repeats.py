@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -35,22 +35,37 @@ def lines(path: Path) -> Iterator[Line]:
                 yield decoder.decode(line)
 
 
-def repeated_work(path: Path, events: Sequence[Recorded]) -> tuple[int, int]:
-    """Episodes and updates that were started after their outcome was recorded."""
-    episodes = {e.data.trajectory: e.envelope.time for e in events if isinstance(e.data, TrajectoryLogged)}
-    updates = {
-        (e.data.generation, e.data.iteration): e.envelope.time
-        for e in events
-        if isinstance(e.data, AdapterCheckpointed)
-    }
-    again = [0, 0]
-    for line in lines(path):
-        if line.event == "episode.started":
-            recorded = episodes.get(line.trajectory)
-        elif line.event == "update.started":
-            recorded = updates.get((line.generation, line.iteration))
-        else:
-            continue
-        if recorded is not None and line.timestamp > datetime.fromisoformat(recorded):
-            again[line.event == "update.started"] += 1
-    return again[0], again[1]
+class Outcomes:
+    """When each episode and update was recorded."""
+
+    def __init__(self) -> None:
+        self._episodes: dict[str, float] = {}
+        self._updates: dict[tuple[int, int], float] = {}
+
+    def add(self, event: Recorded) -> None:
+        """Take an event; only outcomes count."""
+        match event.data:
+            case TrajectoryLogged(trajectory=trajectory):
+                self._episodes[trajectory] = _moment(event)
+            case AdapterCheckpointed(generation=generation, iteration=iteration):
+                self._updates[generation, iteration] = _moment(event)
+            case _:
+                pass
+
+    def repeated(self, path: Path) -> tuple[int, int]:
+        """Episodes and updates that the service log at ``path`` says were started after their outcome was recorded."""
+        again = [0, 0]
+        for line in lines(path):
+            if line.event == "episode.started":
+                recorded = self._episodes.get(line.trajectory)
+            elif line.event == "update.started":
+                recorded = self._updates.get((line.generation, line.iteration))
+            else:
+                continue
+            if recorded is not None and line.timestamp.timestamp() > recorded:
+                again[line.event == "update.started"] += 1
+        return again[0], again[1]
+
+
+def _moment(event: Recorded) -> float:
+    return datetime.fromisoformat(event.envelope.time).timestamp()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import msgspec
 
 from bascule.runtime.state import RunState
 from bascule.schemas import events as ev
-from bascule.schemas.codec import decision_hash
+from bascule.schemas.codec import DecisionHash
 from bascule.schemas.decision import Lever
 from bascule.schemas.envelope import Recorded
 from bascule.schemas.landscape import Interval
@@ -87,8 +87,15 @@ ARMS = {
 }
 
 
-def _seconds(first: str, last: str) -> float:
-    return (datetime.fromisoformat(last) - datetime.fromisoformat(first)).total_seconds()
+def _widened(span: tuple[str, str] | None, time: str) -> tuple[str, str]:
+    return (time, time) if span is None else (min(span[0], time), max(span[1], time))
+
+
+def _seconds(span: tuple[str, str] | None) -> float:
+    if span is None:
+        return 0.0
+    first, last = map(datetime.fromisoformat, span)
+    return (last - first).total_seconds()
 
 
 def _status(state: RunState) -> str:
@@ -107,66 +114,104 @@ def _reason(state: RunState) -> str:
     return state.end.reason if state.end is not None else state.paused or ""
 
 
-def report(events: Sequence[Recorded], baselines: Iterable[BaselineRow] = ()) -> RunReport:
-    """Fold a run's events into its report."""
-    state = RunState.of(events[0].envelope.run, events)
-    tokens: dict[int, int] = {}
-    for evaluation in state.evaluations.values():
-        spent = sum(logged.prompt_tokens + logged.output_tokens for logged in evaluation.logged.values())
-        if evaluation.request.purpose not in ("report", "ablation"):
-            generation = evaluation.request.generation
-            tokens[generation] = tokens.get(generation, 0) + spent
-    reported = [e for e in state.evaluations.values() if e.request.purpose != "ablation"]
-    total = sum(x.prompt_tokens + x.output_tokens for e in reported for x in e.logged.values())
-    rows = []
-    history = {g.generation: g for g in state.history()}
-    for number, step in sorted(state.steps.items()):
-        if step.lever is not None and step.lever.lever == "stop":
-            continue
-        known = history.get(number)
-        figures = known.gate if known else None
-        marks = [e.envelope.time for e in events if e.envelope.step == number and isinstance(e.data, IN_THE_LOOP)]
-        rows.append(
-            GenerationRow(
-                generation=number,
-                lever=step.lever.lever if step.lever else None,
-                algorithm=step.lever.algorithm if step.lever else None,
-                edit=step.harness.edit if step.harness else None,
-                harness=step.candidate.harness if step.candidate else None,
-                adapter=step.candidate.adapter if step.candidate else None,
-                train=known.train.score if known and known.train else None,
-                dev=figures.score if figures else None,
-                dev_interval=figures.score_interval if figures else None,
-                wins=figures.wins if figures else 0,
-                losses=figures.losses if figures else 0,
-                p=figures.p if figures else None,
-                promoted=known is not None and known.outcome == "promoted",
-                outcome=known.outcome if known else "open",
-                tokens=tokens.get(number, 0),
-                seconds=_seconds(min(marks), max(marks)) if marks else 0.0,
-            )
+class Reporter:
+    """Folds a run's events, one by one, into its report."""
+
+    def __init__(self, run: str) -> None:
+        self.state = RunState(run=run)
+        self._hash = DecisionHash()
+        self._tokens: dict[int, int] = {}
+        self._sealed_tokens = 0
+        self._span: tuple[str, str] | None = None
+        self._loops: dict[int, tuple[str, str]] = {}
+
+    def add(self, event: Recorded) -> None:
+        """Take the run's next event."""
+        self.state.apply(event)
+        self._hash.add(event)
+        data, time, step = event.data, event.envelope.time, event.envelope.step
+        if _of_the_run(event):
+            self._span = _widened(self._span, time)
+            if isinstance(data, ev.TrajectoryLogged):
+                self._count(data)
+        if isinstance(data, IN_THE_LOOP):
+            self._loops[step] = _widened(self._loops.get(step), time)
+
+    def _count(self, data: ev.TrajectoryLogged) -> None:
+        spent = data.prompt_tokens + data.output_tokens
+        evaluation = self.state.evaluations.get(data.evaluation)
+        if evaluation is None:
+            return
+        request = evaluation.request
+        if request.purpose == "report":
+            self._sealed_tokens += spent
+        else:
+            self._tokens[request.generation] = self._tokens.get(request.generation, 0) + spent
+
+    def report(self, baselines: Iterable[BaselineRow] = ()) -> RunReport:
+        """The report of what was taken so far."""
+        state = self.state
+        config = state.config
+        return RunReport(
+            run=state.run,
+            status=_status(state),
+            task=config.task.name,
+            model=config.model,
+            engine=config.engine.name,
+            levers=config.levers,
+            arm=ARMS.get(tuple(sorted(config.levers)), " and ".join(config.levers)),
+            seed=config.seed,
+            generations=self._rows(),
+            best=state.best,
+            sealed=state.end.sealed if isinstance(state.end, ev.RunCompleted) else None,
+            baselines=tuple(baselines),
+            reason=_reason(state),
+            tokens=sum(self._tokens.values()) + self._sealed_tokens,
+            seconds=_seconds(self._span),
+            events=state.events,
+            decision_hash=self._hash.hexdigest(),
         )
-    config = state.config
-    times = [e.envelope.time for e in events if _of_the_run(e)]
-    return RunReport(
-        run=state.run,
-        status=_status(state),
-        task=config.task.name,
-        model=config.model,
-        engine=config.engine.name,
-        levers=config.levers,
-        arm=ARMS.get(tuple(sorted(config.levers)), " and ".join(config.levers)),
-        seed=config.seed,
-        generations=tuple(rows),
-        best=state.best,
-        sealed=state.end.sealed if isinstance(state.end, ev.RunCompleted) else None,
-        baselines=tuple(baselines),
-        reason=_reason(state),
-        tokens=total,
-        seconds=_seconds(min(times), max(times)),
-        events=state.events,
-        decision_hash=decision_hash(events),
-    )
+
+    def _rows(self) -> tuple[GenerationRow, ...]:
+        rows = []
+        history = {g.generation: g for g in self.state.history()}
+        for number, step in sorted(self.state.steps.items()):
+            if step.lever is not None and step.lever.lever == "stop":
+                continue
+            known = history.get(number)
+            figures = known.gate if known else None
+            rows.append(
+                GenerationRow(
+                    generation=number,
+                    lever=step.lever.lever if step.lever else None,
+                    algorithm=step.lever.algorithm if step.lever else None,
+                    edit=step.harness.edit if step.harness else None,
+                    harness=step.candidate.harness if step.candidate else None,
+                    adapter=step.candidate.adapter if step.candidate else None,
+                    train=known.train.score if known and known.train else None,
+                    dev=figures.score if figures else None,
+                    dev_interval=figures.score_interval if figures else None,
+                    wins=figures.wins if figures else 0,
+                    losses=figures.losses if figures else 0,
+                    p=figures.p if figures else None,
+                    promoted=known is not None and known.outcome == "promoted",
+                    outcome=known.outcome if known else "open",
+                    tokens=self._tokens.get(number, 0),
+                    seconds=_seconds(self._loops.get(number)),
+                )
+            )
+        return tuple(rows)
+
+
+def report(events: Iterable[Recorded], baselines: Iterable[BaselineRow] = ()) -> RunReport:
+    """The report of a run's events, of which there is at least the first."""
+    events = iter(events)
+    first = next(events)
+    reporter = Reporter(first.envelope.run)
+    reporter.add(first)
+    for event in events:
+        reporter.add(event)
+    return reporter.report(baselines)
 
 
 def _of_the_run(event: Recorded) -> bool:

@@ -18,16 +18,22 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import structlog
+from msgspec import structs
 
 from bascule.plugins.loader import Plugins
-from bascule.runtime.log.blobs import BlobStore
+from bascule.runtime.log.anchor import Anchor
+from bascule.runtime.log.blobs import Blobs
+from bascule.runtime.log.guard import Watch, rule_out_damage
 from bascule.runtime.log.protocol import EventLog, Fence, NewEvent
+from bascule.runtime.notary import NAME as NOTARY
+from bascule.runtime.notary import notarised
+from bascule.runtime.redaction import Redaction
 from bascule.runtime.state import RunState
 from bascule.runtime.world import World, world_of
 from bascule.schemas import codec
 from bascule.schemas.envelope import Draft, Producer, Recorded
-from bascule.schemas.errors import NotFound
-from bascule.schemas.events import RunStarted
+from bascule.schemas.errors import BasculeError, NotFound
+from bascule.schemas.events import RunForked, RunStarted
 
 Decide = Callable[[RunState, Recorded, World], list[Draft]]
 
@@ -56,12 +62,13 @@ class View:
         writers: the log as each service may write it, by service; ``log`` stands in for the others.
         fresh: deliver shared work again at once instead of waiting for the leases of workers that are gone; only right
             where no other process serves the run.
+        anchor: what the log must not be behind; None where nothing is kept outside it.
     """
 
     def __init__(
         self,
         log: EventLog,
-        blobs: BlobStore,
+        blobs: Blobs,
         plugins: Plugins,
         run: str,
         producer: Callable[[str], Producer],
@@ -69,13 +76,17 @@ class View:
         home: Path,
         fresh: bool,
         writers: Mapping[str, EventLog] | None = None,
+        anchor: Anchor | None = None,
         logger: Any = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.log = log
         self._writers = writers or {}
+        self.anchor = anchor
+        self.watch = Watch(run)
         self.blobs = blobs
         self.plugins = plugins
+        self.redaction = Redaction.of(plugins.registry)
         self.run = run
         self.home = home
         self.fresh = fresh
@@ -98,18 +109,37 @@ class View:
         """The log with the permissions of ``service``."""
         return self._writers.get(service, self.log)
 
+    def version(self, service: str) -> str:
+        """The version of the code that writes as ``service``."""
+        return self._producer(service).version
+
     async def append(self, service: str, drafts: Sequence[Draft], *, fence: Fence | None = None) -> list[Recorded]:
-        """Encode and append; what is already there is adopted."""
+        """Redact, encode and append; what is already there is adopted.
+
+        Raises:
+            PluginError: a redactor failed, and so nothing was appended.
+        """
         now = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
         producer = self._producer(service)
         new = [
             NewEvent(
                 subject=d.subject,
-                payload=codec.encode(d, run=self.run, producer=producer, time=now, root=self.state.root),
+                payload=codec.encode(
+                    structs.replace(d, data=self.redaction.value(d.data)),
+                    run=self.run,
+                    producer=producer,
+                    time=now,
+                    root=self.state.root,
+                ),
             )
             for d in drafts
         ]
         return await self.writer(service).append(new, fence=fence)
+
+    @property
+    def caught_up(self) -> bool:
+        """Whether the log has been read to its end once."""
+        return self._caught_up.is_set()
 
     async def ready(self) -> None:
         """Wait until the log has been read to its end once."""
@@ -136,17 +166,35 @@ class View:
             self._changed.notify_all()
 
     async def follow(self, services: Sequence[Service]) -> None:
-        """Fold the run's events, decide, and append what follows, until the run has ended or is paused."""
+        """Fold the run's events, decide, and append what follows, until the run has ended or is paused.
+
+        Raises:
+            NotFound: there is no such run.
+            Corrupt: the log is not the one that was anchored. Nothing has been appended then.
+        """
+        try:
+            await self._follow(services)
+        except BasculeError:
+            raise
+        except Exception:
+            await rule_out_damage(self.watch, self.log)
+            raise
+
+    async def _follow(self, services: Sequence[Service]) -> None:
         pattern = f"bascule.{self.run}.>"
+        if self.anchor is not None:  # before the log, which is ahead of it at any time
+            self.watch = Watch(self.run, self.anchor.read().heads.get(self.run))
         head = await self.log.head(pattern)
         if head == 0:
+            self.watch.finish()
             raise NotFound(f"There is no run {self.run!r} in this log.", next_step="`bascule status` lists the runs.")
         decided: dict[str, tuple[str, list[Draft]]] = {}
         async with contextlib.aclosing(self.log.follow(pattern)) as events:  # type: ignore[type-var]
             async for event in events:
+                self.watch.add(event)
                 self.state.apply(event)
-                if isinstance(event.data, RunStarted) and self._world is None:
-                    self._world = await asyncio.to_thread(world_of, self.plugins, event.data)
+                if isinstance(event.data, RunStarted | RunForked) and self.state.started is not None:
+                    self._world = await asyncio.to_thread(world_of, self.plugins, self.state.started)
                 decided.pop(event.subject, None)
                 for service in services:
                     drafts = service.decide(self.state, event, self.world)
@@ -156,6 +204,7 @@ class View:
                     listener(event)
                 if event.seq < head:
                     continue
+                self.watch.finish()
                 if self.state.active:
                     for name, drafts in decided.values():
                         await self.append(name, drafts)
@@ -165,11 +214,23 @@ class View:
                 if not self.state.active:
                     return
 
+    async def catch_up(self) -> None:
+        """Fold what has come since :meth:`follow` ended, deciding nothing."""
+        async for event in self.log.read(f"bascule.{self.run}.>", after=self.watch.chain.seq):
+            self.watch.add(event)
+            self.state.apply(event)
+            for listener in self.listeners:
+                listener(event)
+
 
 async def serve(view: View, services: Sequence[Service]) -> None:
     """Run services on one view until the run has ended or is paused; the first failure ends them all."""
-    async with asyncio.TaskGroup() as group:
+    async with contextlib.AsyncExitStack() as stack:
+        notary = await stack.enter_async_context(notarised(view)) if any(s.name == NOTARY for s in services) else None
+        group = await stack.enter_async_context(asyncio.TaskGroup())
         effects = [group.create_task(s.effects().run(view), name=s.name) for s in services if s.effects is not None]
+        if notary is not None:
+            effects.append(group.create_task(notary.run(), name="notary"))
         await view.follow(services)
         for task in effects:
             task.cancel()

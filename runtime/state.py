@@ -1,7 +1,8 @@
 """The state of a run: a fold of its events. One struct per aggregate, one ``apply``.
 
-The fold reads no clock and calls nothing. An event that changes nothing is ignored, so duplicates are harmless. What is
-left to do is computed from the state, never remembered elsewhere.
+The fold reads no clock and calls nothing. An event that changes nothing is ignored, so duplicates are harmless, and so is
+one that belongs to nothing. What is left to do is computed from the state, never remembered elsewhere. What no decision
+can need any more is forgotten: the state is bounded by the generations and the episodes under way, not by the log.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from bascule.plugins.policy import Generation
+from bascule.plugins.policy import CallResult, Generation
 from bascule.schemas import events as ev
 from bascule.schemas.codec import canonical
 from bascule.schemas.envelope import Recorded
@@ -34,7 +35,10 @@ Key = tuple[int, int]
 
 
 class Evaluation(msgspec.Struct, kw_only=True):
-    """All shards of one evaluation, what was logged and what was scored, by (position, sample)."""
+    """All shards of one evaluation, what was logged and what was scored, by (position, sample).
+
+    Once nothing can need them, the shards, trajectories and verdicts of a completed evaluation are forgotten.
+    """
 
     request: ev.EpisodesRequested
     shards: dict[int, ev.EpisodesRequested] = {}
@@ -60,6 +64,17 @@ class Evaluation(msgspec.Struct, kw_only=True):
     def size(self) -> int:
         return sum(len(s.positions) * s.samples for s in self.shards.values())
 
+    def forget(self) -> None:
+        """Keep the request and the landscape only."""
+        self.shards, self.logged, self.verdicts = {}, {}, {}
+
+    def missing(self, shard: ev.EpisodesRequested) -> list[Key]:
+        """What of a shard is not logged yet."""
+        if self.completed is not None:
+            return []
+        keys = ((p, n) for p in shard.positions for n in range(shard.samples))
+        return [key for key in keys if key not in self.logged]
+
     @property
     def finished(self) -> bool:
         """Whether every trajectory has a verdict."""
@@ -75,13 +90,19 @@ class Evaluation(msgspec.Struct, kw_only=True):
 
 
 class Training(msgspec.Struct, kw_only=True):
-    """A training job: its request, attempts, checkpoints and outcome."""
+    """A training job.
+
+    Attributes:
+        head: sequence of the job's newest event, which fences its appends.
+        iterations: updates done; ``last`` is the newest checkpoint.
+    """
 
     request: ev.TrainRequested
     request_id: str
     attempts: int = 0
     head: int = 0
-    checkpoints: list[ev.AdapterCheckpointed] = []
+    iterations: int = 0
+    last: ev.AdapterCheckpointed | None = None
     published: ev.AdapterPublished | None = None
     failed: ev.TrainFailed | None = None
 
@@ -110,7 +131,14 @@ class Step(msgspec.Struct, kw_only=True):
 
 
 class RunState(msgspec.Struct, kw_only=True):
-    """One run, folded up to and including sequence ``seq``."""
+    """One run, folded up to and including sequence ``seq``.
+
+    Attributes:
+        started: the run's start with the configuration and the pins that are in force.
+        calls: results of the calls of policies and authors whose decision is still open, by session.
+        fork: set if the run is a what-if, once it has left the run that it repeats.
+        runtimes: how often other code was accepted.
+    """
 
     run: str
     seq: int = 0
@@ -121,7 +149,10 @@ class RunState(msgspec.Struct, kw_only=True):
     evaluations: dict[str, Evaluation] = {}
     adapters: dict[str, Adapter] = {}
     served: set[str] = set()
+    calls: dict[str, list[CallResult]] = {}
     ablations: dict[str, ev.AblationRequested] = {}
+    fork: ev.RunForked | None = None
+    runtimes: int = 0
     pauses: int = 0
     paused: str | None = None
     end: ev.RunCompleted | ev.RunFailed | ev.RunCancelled | None = None
@@ -151,10 +182,31 @@ class RunState(msgspec.Struct, kw_only=True):
     def step(self, generation: int) -> Step:
         return self.steps.setdefault(generation, Step(number=generation))
 
+    def training(self, generation: int) -> Training | None:
+        """The training job of a generation, if it has one."""
+        return self.steps[generation].training if generation in self.steps else None
+
     def candidate(self, generation: int) -> ev.CandidateProposed:
         candidate = self.steps[generation].candidate
         assert candidate is not None
         return candidate
+
+    @property
+    def open_choice(self) -> int | None:
+        """The generation whose lever is to be chosen now, if any."""
+        last = max(self.steps, default=None)
+        if last is None or self.end is not None or self._generation(self.steps[last]) is None:
+            return None
+        return last + 1
+
+    @property
+    def open_edit(self) -> int | None:
+        """The generation whose harness is to be written now, if any."""
+        last = max(self.steps, default=None)
+        step = self.steps[last] if last is not None else None
+        if step is None or step.lever is None or step.lever.lever != "harness":
+            return None
+        return None if step.harness is not None or step.author_failed is not None else last
 
     @property
     def open_ablations(self) -> list[str]:
@@ -217,6 +269,9 @@ class RunState(msgspec.Struct, kw_only=True):
                 },
                 "adapters": self.adapters,
                 "served": sorted(self.served),
+                "calls": self.calls,
+                "fork": self.fork,
+                "runtimes": self.runtimes,
                 "ablations": self.ablations,
                 "paused": self.paused,
                 "end": self.end,
@@ -234,6 +289,9 @@ class RunState(msgspec.Struct, kw_only=True):
         self.events += 1
         data = event.data
         match data:
+            # First, since almost all events are of these types.
+            case ev.TrajectoryLogged() | ev.TrajectoryScored() | ev.EpisodesRequested() | ev.EvaluationCompleted():
+                self._apply_evaluation(event, data)
             case ev.RunStarted():
                 self.started, self.root = data, event.envelope.id
             case ev.HarnessProposed():
@@ -244,11 +302,13 @@ class RunState(msgspec.Struct, kw_only=True):
             case ev.CandidateProposed():
                 self.step(data.generation).candidate = data
             case ev.CandidatePromoted() | ev.CandidateRejected():
-                self.step(data.generation).gate = data
+                self._apply_gate(data)
             case ev.LeverChosen():
                 self.step(data.generation).lever = data
-            case ev.EpisodesRequested() | ev.TrajectoryLogged() | ev.TrajectoryScored() | ev.EvaluationCompleted():
-                self._apply_evaluation(event, data)
+                own = f"g{data.generation:02d}-"
+                self.calls = {session: calls for session, calls in self.calls.items() if session.startswith(own)}
+            case ev.ModelCalled() | ev.ToolCalled():
+                self.calls.setdefault(data.session, []).append(data)
             case ev.TrainRequested():
                 self.step(data.generation).training = Training(
                     request=data, request_id=event.envelope.id, head=event.seq
@@ -263,6 +323,12 @@ class RunState(msgspec.Struct, kw_only=True):
                 self.pauses, self.paused = self.pauses + 1, data.reason
             case ev.RunResumed():
                 self.paused = None
+            case ev.RunForked() if self.started is not None:
+                self.fork = data
+                self.started = msgspec.structs.replace(self.started, config=data.config, plugins=data.plugins)
+            case ev.RuntimeChanged() if self.started is not None:
+                self.runtimes += 1
+                self.started = msgspec.structs.replace(self.started, plugins=data.plugins)
             case ev.RunCompleted() | ev.RunFailed() | ev.RunCancelled():
                 self.end = data
             case _:
@@ -274,10 +340,13 @@ class RunState(msgspec.Struct, kw_only=True):
         data: ev.EpisodesRequested | ev.TrajectoryLogged | ev.TrajectoryScored | ev.EvaluationCompleted,
     ) -> None:
         if isinstance(data, ev.EpisodesRequested):
-            evaluation = self.evaluations.setdefault(data.evaluation, Evaluation(request=data))
-            evaluation.shards[data.shard] = data
+            asked = self.evaluations.setdefault(data.evaluation, Evaluation(request=data))
+            if asked.completed is None:
+                asked.shards[data.shard] = data
             return
-        evaluation = self.evaluations[data.evaluation]
+        evaluation = self.evaluations.get(data.evaluation)
+        if evaluation is None or evaluation.completed is not None:
+            return
         if isinstance(data, ev.EvaluationCompleted):
             evaluation.completed, evaluation.completed_id = data, event.envelope.id
         elif isinstance(data, ev.TrajectoryScored):
@@ -291,18 +360,34 @@ class RunState(msgspec.Struct, kw_only=True):
                 data.measured.seconds,
             )
 
+    def _apply_gate(self, data: ev.CandidatePromoted | ev.CandidateRejected) -> None:
+        loser = self.best if isinstance(data, ev.CandidatePromoted) else data.generation
+        self.step(data.generation).gate = data
+        if loser is not None:
+            self._forget(f"g{loser:02d}-dev", f"g{loser:02d}-train")
+
+    def _forget(self, *evaluations: str) -> None:
+        for name in evaluations:
+            if name in self.evaluations:
+                self.evaluations[name].forget()
+
     def _apply_training(
         self,
         event: Recorded,
         data: ev.TrainStarted | ev.AdapterCheckpointed | ev.AdapterPublished | ev.TrainFailed,
     ) -> None:
-        training = self.steps[data.generation].training
-        assert training is not None
+        training = self.training(data.generation)
+        if training is None or not training.open:
+            return
         training.head = event.seq
         if isinstance(data, ev.TrainStarted):
             training.attempts = data.attempt
         elif isinstance(data, ev.AdapterCheckpointed):
-            training.checkpoints.append(data)
+            # The next adapter exists because the episodes of the one before are done.
+            if training.last is not None:
+                del self.adapters[training.last.adapter]
+            self._forget(data.adapter)
+            training.iterations, training.last = data.iteration + 1, data
             self.adapters[data.adapter] = Adapter(data.files, data.sha256)
         elif isinstance(data, ev.AdapterPublished):
             training.published = data

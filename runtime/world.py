@@ -6,13 +6,15 @@ import hashlib
 import json
 import random
 from functools import cached_property
+from importlib.metadata import version
 from typing import Any
 
 import msgspec
 
-from bascule.plugins.loader import Plugins
+from bascule.plugins.loader import Plugins, code_hash
 from bascule.plugins.policy import AlgorithmInfo, Author, Policy
 from bascule.plugins.task import PublicFace, Task
+from bascule.runtime.redaction import Redaction
 from bascule.schemas.codec import canonical
 from bascule.schemas.errors import ConfigError
 from bascule.schemas.events import RunStarted, Split
@@ -49,6 +51,11 @@ class World:
     @cached_property
     def public(self) -> PublicFace:
         return self.task.public()
+
+    @cached_property
+    def redaction(self) -> Redaction:
+        """What keeps secrets out of what the run records."""
+        return Redaction.of(self.plugins.registry)
 
     @cached_property
     def policy(self) -> Policy:
@@ -99,7 +106,7 @@ class World:
         return range(min(n, limits[split]) if limits[split] else n)
 
     def pins(self) -> tuple[PluginPin, ...]:
-        """Version and hash of every plugin that the run uses."""
+        """Version and hash of every plugin that the run uses, and of bascule itself, which makes the decisions."""
         c = self.config
         wanted = [
             ("task", c.task.name),
@@ -108,7 +115,10 @@ class World:
             ("engine", c.engine.name),
         ]
         wanted += [("algorithm", a.name) for a in self.algorithms]
-        return tuple(self.plugins.pin(kind, name) for kind, name in wanted)
+        bascule = PluginPin(
+            kind="runtime", name="bascule", version=version("bascule"), distribution="bascule", hash=code_hash()
+        )
+        return (*(self.plugins.pin(kind, name) for kind, name in wanted), bascule)
 
 
 def task_digest(public: PublicFace) -> str:
@@ -132,6 +142,23 @@ def world_of(plugins: Plugins, started: RunStarted) -> World:
             next_step="Install the version of the task that the run recorded.",
         )
     return world
+
+
+def changed_pins(plugins: Plugins, started: RunStarted) -> tuple[str, ...]:
+    """What is installed otherwise than the run is pinned to, a line each."""
+    installed = {(p.kind, p.name): p for p in world_of(plugins, started).pins()}
+    lines = []
+    for pin in started.plugins:
+        now = installed.get((pin.kind, pin.name))
+        if now is None:
+            lines.append(f"{pin.kind} {pin.name} is not used any more")
+        elif (now.version, now.distribution, now.hash) != (pin.version, pin.distribution, pin.hash):
+            lines.append(f"{pin.kind} {pin.name}: {_pinned(pin)} when the run was pinned, {_pinned(now)} now")
+    return tuple(lines)
+
+
+def _pinned(pin: PluginPin) -> str:
+    return f"version {pin.version} of {pin.distribution} ({pin.hash[:8]})"
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -12,7 +12,9 @@ import msgspec
 from bascule.schemas.envelope import Draft, Envelope, Producer, Recorded, Unknown
 from bascule.schemas.errors import Corrupt, SchemaError
 from bascule.schemas.events import KNOWN_TYPES, TYPES, Data
-from bascule.schemas.subjects import event_id
+from bascule.schemas.secret import secret_path
+from bascule.schemas.subjects import event_id, is_event_id
+from bascule.schemas.upcasters import STEPS, prove
 
 MAX_EVENT_BYTES = 512 * 1024
 INLINE_BYTES = 64 * 1024
@@ -21,18 +23,26 @@ _encoder = msgspec.json.Encoder()
 _envelope_decoder = msgspec.json.Decoder(Envelope)
 _decoders = {key: msgspec.json.Decoder(t) for key, t in TYPES.items()}
 
-Upcaster = Callable[[dict[str, Any]], dict[str, Any]]
-#: (type, version) to the function that turns its data into that of version + 1.
-UPCASTERS: dict[tuple[str, int], Upcaster] = {}
+#: (type, version) to the function that turns its data into that of version + 1; proven whenever this is imported.
+UPCASTERS = prove(TYPES, STEPS)
 
 
 def encode(draft: Draft, *, run: str, producer: Producer, time: str, root: str | None) -> bytes:
     """The payload bytes of a draft.
 
     Raises:
-        SchemaError: the event would be over 512 KiB.
+        SchemaError: the event holds a secret or something else that is no data, or would be over 512 KiB.
     """
-    data = _encoder.encode(draft.data)
+    try:
+        data = _encoder.encode(draft.data)
+    except TypeError as e:
+        secret = secret_path(draft.data)
+        if secret is None:
+            raise SchemaError(f"The event {draft.subject} cannot be encoded: {e}.") from e
+        raise SchemaError(
+            f"The event {draft.subject} holds a secret in {secret}, and a secret is never recorded.",
+            next_step="Record its name, not its value.",
+        ) from None
     payload = _encoder.encode(
         Envelope(
             id=event_id(draft.subject),
@@ -58,8 +68,11 @@ def encode(draft: Draft, *, run: str, producer: Producer, time: str, root: str |
     return payload
 
 
-def decode(seq: int, subject: str, payload: bytes, *, duplicate: bool = False) -> Recorded:
+def decode(seq: int, subject: str | None, payload: bytes, *, duplicate: bool = False) -> Recorded:
     """Decode recorded bytes.
+
+    Args:
+        subject: what they are stored under; None for bytes that are stored under nothing but what they say.
 
     Raises:
         Corrupt: the payload is no envelope, or names another subject than it is stored under.
@@ -67,9 +80,12 @@ def decode(seq: int, subject: str, payload: bytes, *, duplicate: bool = False) -
     """
     try:
         envelope = _envelope_decoder.decode(payload)
-    except msgspec.DecodeError as e:
-        raise Corrupt(f"The event at sequence {seq} ({subject}) is not an envelope: {e}.") from e
-    if envelope.subject != subject or envelope.id != event_id(subject):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
+        where = f"sequence {seq}" if subject is None else f"sequence {seq} ({subject})"
+        raise Corrupt(f"The event at {where} is not an envelope: {e}.") from e
+    if subject is None:
+        subject = envelope.subject
+    if envelope.subject != subject or not is_event_id(envelope.id, subject):
         raise Corrupt(f"The event at sequence {seq} is stored under {subject} but says it is {envelope.subject}.")
     return Recorded(
         seq=seq, subject=subject, payload=payload, envelope=envelope, data=_data(envelope), duplicate=duplicate
@@ -77,15 +93,14 @@ def decode(seq: int, subject: str, payload: bytes, *, duplicate: bool = False) -
 
 
 def _data(envelope: Envelope) -> Data | Unknown:
-    raw = bytes(envelope.data)
-    if envelope.type not in KNOWN_TYPES:
-        return Unknown(raw)
-    key = (envelope.type, envelope.schemaversion)
+    decoder = _decoders.get((envelope.type, envelope.schemaversion))
+    if decoder is None and envelope.type not in KNOWN_TYPES:
+        return Unknown(bytes(envelope.data))
     try:
-        if key in _decoders:
-            return _decoders[key].decode(raw)
-        return _upcast(envelope.type, envelope.schemaversion, raw)
-    except msgspec.DecodeError as e:
+        if decoder is not None:
+            return decoder.decode(envelope.data)
+        return _upcast(envelope.type, envelope.schemaversion, bytes(envelope.data))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise SchemaError(
             f"The data of {envelope.subject} ({envelope.type} version {envelope.schemaversion}) does not fit: {e}.",
             next_step="The log was written by other code under the same version; install that version.",
@@ -133,25 +148,35 @@ def canonical(data: Any, *, measured: bool = True) -> bytes:
 _RUN_TOKEN = re.compile(r"^bascule\.[^.]+\.")
 
 
-def decision_hash(events: Iterable[Recorded]) -> str:
+class DecisionHash:
     """Hash over the decisions of one run: type, subject and data, without time, attempt and measured costs.
 
     Ablations, which are asked for afterwards, are left out. So is the run's own name, so that two runs can be compared.
     Subjects are sorted, since the order in which independent decisions land is not a decision.
     """
-    lines = sorted(
-        b"\0".join(
-            (
-                _RUN_TOKEN.sub("", e.subject).encode(),
-                e.envelope.type.encode(),
-                canonical(e.data, measured=False),
-            )
-        )
-        for e in events
-        if isinstance(e.data, Data) and e.data.KIND == "decision" and getattr(e.data, "purpose", None) != "ablation"
-    )
-    h = hashlib.blake2b(digest_size=20)
-    for line in lines:
-        h.update(len(line).to_bytes(8, "big"))
-        h.update(line)
-    return h.hexdigest()
+
+    def __init__(self) -> None:
+        self._lines: list[bytes] = []
+
+    def add(self, event: Recorded) -> None:
+        """Take an event; only decisions count."""
+        data = event.data
+        if not isinstance(data, Data) or data.KIND != "decision" or getattr(data, "purpose", None) == "ablation":
+            return
+        subject = _RUN_TOKEN.sub("", event.subject).encode()
+        content = event.envelope.type.encode() + b"\0" + canonical(data, measured=False)
+        self._lines.append(subject + b"\0" + hashlib.blake2b(content, digest_size=20).digest())
+
+    def hexdigest(self) -> str:
+        h = hashlib.blake2b(digest_size=20)
+        for line in sorted(self._lines):
+            h.update(len(line).to_bytes(8, "big") + line)
+        return h.hexdigest()
+
+
+def decision_hash(events: Iterable[Recorded]) -> str:
+    """The :class:`DecisionHash` of a run's events."""
+    found = DecisionHash()
+    for event in events:
+        found.add(event)
+    return found.hexdigest()

@@ -427,6 +427,7 @@ class RunForked(Data, frozen=True, kw_only=True):
     Attributes:
         run, count, head: the run that was forked, how many of its events are repeated, and its chain's head there.
         step: the generation from which on decisions are made anew.
+        config, plugins: in force from here on.
         changes: what was set, by dotted key.
     """
 
@@ -437,6 +438,7 @@ class RunForked(Data, frozen=True, kw_only=True):
     head: str
     step: int
     config: RunConfig
+    plugins: tuple[PluginPin, ...]
     changes: dict[str, Any]
 
 

@@ -15,6 +15,8 @@ from bascule.schemas.errors import ConfigError
 
 ROOT = "bascule"
 _TOKEN = re.compile(r"[a-z0-9_-]{1,64}")
+_BASE32, _DIGITS = b"abcdefghijklmnopqrstuvwxyz234567", b"0123456789abcdefghijklmnopqrstuv"
+_TO_DIGITS = bytes(_DIGITS[_BASE32.index(c)] if c in _BASE32 else ord("!") for c in range(256))
 
 
 def token(value: str) -> str:
@@ -43,7 +45,33 @@ def run_of(subject_: str) -> str:
 
 def event_id(subject_: str) -> str:
     """The identity of the event under ``subject_``: base32 of blake2b-160."""
-    return base64.b32encode(hashlib.blake2b(subject_.encode(), digest_size=20).digest()).decode().lower()
+    return base64.b32encode(_hash(subject_)).decode().lower()
+
+
+def is_event_id(value: str, subject_: str) -> bool:
+    """Whether ``value`` is the identity of the event under ``subject_``.
+
+    Every event that is read is asked, so this goes without base64, which is written in Python.
+    """
+    try:
+        return id_digest(value) == _hash(subject_)
+    except ValueError:
+        return False
+
+
+def id_digest(value: str) -> bytes:
+    """The 20 bytes that an identity stands for.
+
+    Raises:
+        ValueError: it is no identity.
+    """
+    if len(value) != 32:
+        raise ValueError(f"{value!r} is not an identity")
+    return int(value.encode().translate(_TO_DIGITS), 32).to_bytes(20, "big")
+
+
+def _hash(subject_: str) -> bytes:
+    return hashlib.blake2b(subject_.encode(), digest_size=20).digest()
 
 
 def run_started(run: str) -> str:

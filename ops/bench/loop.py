@@ -8,6 +8,7 @@ log, harness processes or a scoring process.
 from __future__ import annotations
 
 import asyncio
+import copy
 import itertools
 import statistics
 import tempfile
@@ -23,7 +24,7 @@ from bascule.runtime.cli import launch
 from bascule.runtime.cli.store import open_store
 from bascule.runtime.engines.transformers import make
 from bascule.runtime.services.trainer import groups_of, load_trajectories
-from bascule.runtime.state import RunState
+from bascule.runtime.state import Evaluation, RunState
 from bascule.schemas import events as ev
 from bascule.schemas.envelope import Recorded
 from bascule.schemas.trajectory import ModelCall, Trajectory, unpack_ids
@@ -88,7 +89,7 @@ async def _run() -> tuple[dict[str, Figure], list[str]]:
             view = launch.view_of(store, "bench")
             for event in events:
                 view.state.apply(event)
-            bare = await _bare(view, view.state)
+            bare = await _bare(view, view.state, events)
     totals = attribute(events)
     lengths = _iterations(events)
     middle = statistics.median(lengths)
@@ -107,7 +108,18 @@ def _iterations(events: Sequence[Recorded]) -> list[float]:
     return [b - a for a, b in itertools.pairwise(times)]
 
 
-async def _bare(view: Any, state: RunState) -> list[float]:
+def _trained_from(events: Sequence[Recorded]) -> list[Evaluation]:
+    """The evaluation of each iteration as it was when it was completed; later the state forgets it."""
+    state = RunState(run=events[0].envelope.run)
+    found = []
+    for event in events:
+        state.apply(event)
+        if isinstance(event.data, ev.EvaluationCompleted) and event.data.purpose == "training":
+            found.append(copy.copy(state.evaluations[event.data.evaluation]))
+    return found
+
+
+async def _bare(view: Any, state: RunState, events: Sequence[Recorded]) -> list[float]:
     """The same prompts through the same engine, and the same trajectories through the same trainer."""
     training = next(s.training for s in state.steps.values() if s.training is not None)
     request = training.request
@@ -116,8 +128,7 @@ async def _bare(view: Any, state: RunState) -> list[float]:
     await engine.start()
     job = TrainJob(resolve_model(state.config.model), request.params, request.seed)
     seconds = []
-    for iteration in range(len(training.checkpoints)):
-        evaluation = state.evaluations[training.checkpoints[iteration].adapter]
+    for iteration, evaluation in enumerate(_trained_from(events)):
         trajectories = await load_trajectories(view, evaluation)
         asked = [_request(name, t, engine) for name, t in trajectories.items()]
         before = time.perf_counter()

@@ -32,6 +32,7 @@ class Thresholds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         informative: fraction of informative groups from which group-relative advantages are preferred.
         cold_success, cold_informative: below both, the start is cold and winners are cloned.
         stop_below: no feasible option scoring at least this ends the run.
+        algorithm: pull weights with this one where it is feasible, whichever the table prefers.
     """
 
     patience: Annotated[int, msgspec.Meta(ge=1)] = 1
@@ -39,6 +40,7 @@ class Thresholds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     cold_success: Fraction = 0.05
     cold_informative: Fraction = 0.10
     stop_below: Fraction = 0.15
+    algorithm: str | None = None
 
 
 def make(params: dict[str, Any]) -> Rules:
@@ -70,7 +72,8 @@ class Rules:
         t = self.thresholds
         best = next(g for g in given.history if g.generation == given.best)
         evidence = _evidence(given, best)
-        options = [_harness(given, t), *(_weights(given, best, a, t) for a in given.algorithms)]
+        weights = [_weights(given, best, a, t) for a in given.algorithms]
+        options = [_harness(given, t), *(_only(weights, t.algorithm) if t.algorithm else weights)]
         feasible = [o for o in options if o.feasible]
         top = max(feasible, key=lambda o: o.score or 0.0, default=None)
         if given.generation > given.max_generations:
@@ -82,6 +85,23 @@ class Rules:
         return LeverDecision(
             lever=top.lever, algorithm=top.algorithm, reasons=top.reasons, options=tuple(options), evidence=evidence
         )
+
+
+def _only(options: list[Option], algorithm: str) -> list[Option]:
+    """The named algorithm at the score of the best one, the others out; what is not feasible stays so."""
+    if algorithm not in [o.algorithm for o in options]:
+        known = ", ".join(o.algorithm or "" for o in options)
+        raise ConfigError(f"The policy rules is told to use {algorithm!r}, and there is none.", next_step=f"{known}.")
+    top = max((o.score or 0.0 for o in options if o.feasible), default=None)
+    asked = f"the parameter algorithm asks for {algorithm}"
+    out = []
+    for o in options:
+        if o.algorithm != algorithm:
+            out.append(msgspec.structs.replace(o, feasible=False, score=None, reasons=(*o.reasons, asked)))
+        else:
+            score = top if o.feasible else None
+            out.append(msgspec.structs.replace(o, score=score, reasons=(*o.reasons, asked)))
+    return out
 
 
 def _evidence(given: PolicyInput, best: Generation) -> tuple[Evidence, ...]:

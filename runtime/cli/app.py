@@ -7,12 +7,12 @@ import sys
 
 import typer
 
-from bascule.runtime.cli import audit, catalog, runs, services
+from bascule.runtime.cli import audit, blobs, catalog, forks, ops, runs, services, transfer
 from bascule.runtime.cli.command import Exit, app
-from bascule.schemas.errors import BasculeError
+from bascule.schemas.errors import BasculeError, Corrupt
 
 #: In the order in which help lists them.
-ORDER = [m.__name__ for m in (runs, audit, services, catalog)]
+ORDER = [m.__name__ for m in (runs, audit, forks, transfer, blobs, services, ops, catalog)]
 app.registered_commands.sort(key=lambda c: ORDER.index(c.callback.__module__ if c.callback else runs.__name__))
 
 
@@ -30,19 +30,25 @@ def main() -> None:
             sys.exit(Exit.USAGE)
         if debug:
             raise
-        typer.echo(f"bascule: {_paragraph(error)}", err=True)
-        sys.exit(Exit.USAGE)
+        from bascule.runtime.redaction import redact_message
+
+        typer.echo(f"bascule: {redact_message(_paragraph(error))}", err=True)
+        sys.exit(Exit.NOT_INTACT if isinstance(_cause(error), Corrupt) else Exit.USAGE)
 
 
-def _paragraph(error: Exception) -> str:
-    """What a person is told: the first failure that names its next step, else what went wrong and how to see more."""
+def _cause(error: Exception) -> BaseException:
+    """The first failure that names its next step, else the first."""
     from bascule.runtime.cli.store import leaves
 
     causes = list(leaves(error))
-    known = next((c for c in causes if isinstance(c, BasculeError)), None)
-    if known is not None:
-        return str(known)
-    cause = causes[0]
+    return next((c for c in causes if isinstance(c, BasculeError)), causes[0])
+
+
+def _paragraph(error: Exception) -> str:
+    """What a person is told: what went wrong, and what to do or how to see more."""
+    cause = _cause(error)
+    if isinstance(cause, BasculeError):
+        return str(cause)
     if isinstance(cause, OSError):
         return f"{cause}. Free the space or correct the path that it names; `bascule resume RUN` goes on from the log."
     return f"{type(cause).__name__}: {cause}. Nobody foresaw this: run it again with --debug, and report what it shows."

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from bascule.runtime.cli.command import Debug, Exit, Home, Json, Run, Url, app, make_console, print_json, run_async
-from bascule.schemas.errors import Corrupt, SchemaError
+from bascule.schemas.errors import ConfigError
 
 
 @app.command()
@@ -45,20 +46,29 @@ def log(
 @app.command()
 def explain(
     run: Run,
-    step: Annotated[int, typer.Argument(help="The generation whose lever choice is to be explained.")],
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="STEP|EVENT",
+            help="A generation, for its choice of lever; or an event's subject (candidate.g02.gate) or id.",
+        ),
+    ],
     home: Home = None,
     url: Url = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Why a step pulled this lever and chose this algorithm: figures, options, reasons, causes."""
-    from bascule.runtime import replay as audit
+    """Why: for a step its lever and algorithm, the figures, what else was feasible; for any event its causes."""
     from bascule.runtime.cli.show import show_explanation
     from bascule.runtime.cli.store import home_folder, open_store
+    from bascule.runtime.explain import Explainer
 
     async def execute() -> None:
+        explainer = Explainer(run, what)
         async with open_store(home_folder(home), url=url) as store:
-            found = audit.explain(await store.events(run), step)
+            async for event in store.read(run):
+                explainer.add(event)
+        found = explainer.result()
         print_json(found) if as_json else show_explanation(found, make_console())
 
     run_async(execute())
@@ -75,7 +85,10 @@ def replay(run: Run, home: Home = None, url: Url = None, as_json: Json = False, 
         from rich.markup import escape
 
         async with open_store(home_folder(home), url=url) as store:
-            result = audit.replay(run, await store.events(run), plugins())
+            replayer = audit.Replayer(run, plugins())
+            async for event in store.read(run):
+                replayer.add(event)
+        result = replayer.result()
         if as_json:
             print_json(result)
         else:
@@ -97,31 +110,56 @@ def replay(run: Run, home: Home = None, url: Url = None, as_json: Json = False, 
 
 
 @app.command()
-def verify(run: Run, home: Home = None, url: Url = None, as_json: Json = False, debug: Debug = False) -> None:
-    """Check a run's log: order, identities, causes, schemas, blobs. Exit 2 if it is not intact."""
-    from bascule.runtime import replay as audit
+def verify(
+    run: Annotated[str, typer.Argument(help="The run's name, or the path of an export.")],
+    accept: Annotated[
+        str | None, typer.Option(help="Take a damaged run for what it is now, for this reason, which the anchor keeps.")
+    ] = None,
+    home: Home = None,
+    url: Url = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check a run: chain, anchor, identities, causes, writers, schemas, blobs. Exit 2 if it is not intact."""
+    import re
+
+    if not re.fullmatch("[a-z0-9_-]{1,64}", run):
+        if accept is not None:
+            raise ConfigError("An export cannot be accepted.", next_step="Import it, or get it again.")
+        raise typer.Exit(_verify_export(Path(run), as_json))
+
+    from bascule.runtime import verify as audit
     from bascule.runtime.cli.store import home_folder, open_store
+    from bascule.runtime.cli.verdict import show_verification
 
     async def execute() -> int:
-        from rich.markup import escape
-
-        async with open_store(home_folder(home), url=url) as store:
-            try:
-                events = await store.events(run)
-            except (Corrupt, SchemaError) as e:
-                events = []
-                faults: tuple[audit.Fault, ...] = (audit.Fault(seq=0, subject=f"bascule.{run}", what=str(e)),)
-            else:
-                faults = audit.verify(events, store.blobs(run))
-        if as_json:
-            print_json({"run": run, "events": len(events), "faults": faults})
-        else:
-            console = make_console()
-            for f in faults:
-                console.print(
-                    f"[red]fault[/] at {f.seq} ({f.subject}): {escape(f.what)}", highlight=False, soft_wrap=True
-                )
-            console.print(f"{run}: {len(events)} events, {len(faults)} faults", highlight=False)
-        return Exit.NOT_INTACT if faults else Exit.SAME
+        async with open_store(home_folder(home), url=url, guarded=False) as store:
+            found = await audit.verify(run, store.log, store.blobs(run), store.anchor)
+            if accept is not None:
+                if not found.faults:
+                    raise ConfigError(f"The run {run} is intact.", next_step="There is nothing to accept.")
+                await audit.accept(found, store.log, store.anchor, accept)
+        print_json(found) if as_json else show_verification(found, make_console())
+        if accept is None:
+            return Exit.NOT_INTACT if found.faults else Exit.SAME
+        if not as_json:
+            make_console().print(f"{run}: accepted as it is, with {found.events} events", highlight=False)
+        return Exit.SAME
 
     raise typer.Exit(run_async(execute()))
+
+
+def _verify_export(path: Path, as_json: bool) -> int:
+    from bascule.runtime.cli.verdict import show_faults
+    from bascule.runtime.export import open_export, verify_export
+
+    with open_export(path) as export:
+        faults, manifest = verify_export(export), export.manifest
+    if as_json:
+        found = {"run": manifest.run, "events": manifest.events, "head": manifest.head, "faults": faults}
+        print_json({**found, "signed_by": manifest.public_key})
+    else:
+        signed = f", signed by {manifest.public_key}" if manifest.public_key else ", not signed"
+        show_faults(faults, make_console())
+        make_console().print(f"{path}: {manifest.events} events of {manifest.run}{signed}", highlight=False)
+    return Exit.NOT_INTACT if faults else Exit.SAME

@@ -26,13 +26,19 @@ app = typer.Typer(
 )
 tasks_app = typer.Typer(help="List the tasks, or look at one.", no_args_is_help=False)
 app.add_typer(tasks_app, name="tasks")
+dlq_app = typer.Typer(help="Events that a service gave up on.", no_args_is_help=True)
+app.add_typer(dlq_app, name="dlq")
 
 Home = Annotated[
     Path | None,
     typer.Option(help="Where the log and the blobs are. Also BASCULE_HOME; the user's data folder by default."),
 ]
 Url = Annotated[
-    str | None, typer.Option(help="A NATS server, nats://[user:password@]host:port, instead of the embedded one.")
+    str | None,
+    typer.Option(help="A NATS server instead of the embedded one: nats://[user:password@]host:port, or tls://."),
+]
+Credentials = Annotated[
+    Path | None, typer.Option(help="A file with what each user logs in with at --url. Also BASCULE_CREDENTIALS.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for programs.")]
 Run = Annotated[str, typer.Argument(help="The run's name; `bascule status` lists them.")]

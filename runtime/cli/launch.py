@@ -16,15 +16,24 @@ from bascule.plugins.tasks.splits import best_constant
 from bascule.runtime.baselines import score_constant
 from bascule.runtime.cli.store import Store, leaves
 from bascule.runtime.log.rules import MAX_BATCH
+from bascule.runtime.redaction import redact_log
 from bascule.runtime.runner import Service, View, serve
 from bascule.runtime.services.catalog import SERVICES
 from bascule.runtime.services.rollout import engine_params
 from bascule.runtime.state import RunState
-from bascule.runtime.world import World, merged, plain, task_digest, world_of
+from bascule.runtime.world import World, changed_pins, merged, plain, task_digest, world_of
 from bascule.schemas import subjects
 from bascule.schemas.envelope import Draft, Producer, Recorded
-from bascule.schemas.errors import ConfigError
-from bascule.schemas.events import AblationRequested, RunCancelled, RunCompleted, RunPaused, RunResumed, RunStarted
+from bascule.schemas.errors import ConfigError, PluginError
+from bascule.schemas.events import (
+    AblationRequested,
+    RunCancelled,
+    RunCompleted,
+    RunPaused,
+    RunResumed,
+    RunStarted,
+    RuntimeChanged,
+)
 from bascule.schemas.run import PluginChoice, RunConfig, parse_config
 from bascule.trainers.params import train_params
 
@@ -49,10 +58,7 @@ def configure(given: dict[str, Any], overrides: Sequence[str], loaded: Plugins) 
     """
     base = {k: v for k, v in given.items() if v is not None}
     for item in overrides:
-        base = merged(base, _override(item))
-    for kind in ("task", "engine", "policy", "author"):
-        if isinstance(base.get(kind), str):
-            base[kind] = {"name": base[kind]}
+        base = merged(base, override(item))
     if not isinstance(base.get("task"), dict) or not isinstance(base["task"].get("params", {}), dict):
         raise ConfigError(f"{base.get('task')!r} does not name a task.", next_step="`bascule tasks` lists them.")
     # A resume may come from another folder.
@@ -67,7 +73,14 @@ def configure(given: dict[str, Any], overrides: Sequence[str], loaded: Plugins) 
     return parse_config(merged(merged(defaults, task.defaults()), base))
 
 
-def _override(item: str) -> dict[str, Any]:
+def override(item: str) -> dict[str, Any]:
+    """``KEY=VALUE`` as nested configuration values; VALUE is JSON, or else text.
+
+    A plugin may be named alone (``policy=rules``), and its parameters without ``params`` (``policy.patience=2``).
+
+    Raises:
+        ConfigError: it is not KEY=VALUE.
+    """
     import msgspec
 
     key, equals, text = item.partition("=")
@@ -77,7 +90,13 @@ def _override(item: str) -> dict[str, Any]:
         value: Any = msgspec.json.decode(text)
     except msgspec.DecodeError:
         value = text
-    for part in reversed(key.split(".")):
+    parts = key.split(".")
+    if parts[0] in ("task", "engine", "policy", "author"):
+        if len(parts) == 1 and isinstance(value, str):
+            parts.append("name")
+        elif len(parts) == 2 and parts[1] not in ("name", "params"):
+            parts.insert(1, "params")
+    for part in reversed(parts):
         value = {part: value}
     assert isinstance(value, dict)
     return value
@@ -160,7 +179,9 @@ def view_of(store: Store, run: str, listeners: Sequence[Listener] = (), *, fresh
         run,
         producer,
         home=store.home,
+        writers=store.writers,
         fresh=store.owner if fresh is None else fresh,
+        anchor=store.anchor,
         logger=service_log(folder / "services.jsonl", run),
     )
     view.listeners.extend(listeners)
@@ -175,7 +196,9 @@ def service_log(path: Path, run: str) -> Any:
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.dict_tracebacks,
+            # Without the values of local variables, which are cut to a length: half a key is no longer known as one.
+            structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False)),
+            redact_log,
             structlog.processors.JSONRenderer(),
         ],
     )
@@ -206,18 +229,51 @@ async def state_of(store: Store, run: str) -> RunState:
     Raises:
         NotFound: there is no such run.
     """
-    return RunState.of(run, await store.events(run))
+    state = RunState(run=run)
+    async for event in store.read(run):
+        state.apply(event)
+    return state
 
 
-async def resume(store: Store, run: str) -> bool:
-    """Lift a pause, if there is one. Returns whether the run has anything left to do."""
+async def resume(store: Store, run: str, *, accept: bool = False) -> bool:
+    """Lift a pause, if there is one. Returns whether the run has anything left to do.
+
+    Args:
+        accept: go on under other code than the run is pinned to, and record that.
+
+    Raises:
+        PluginError: the code is not what the run is pinned to, and ``accept`` is not given.
+    """
     state = await state_of(store, run)
-    if state.end is not None:
-        return state.active
+    if state.end is not None and not state.active:
+        return False
+    changes = pinned(state)
+    drafts = []
+    if changes and not accept:
+        raise changed_code(run, changes)
+    if changes:
+        assert state.started is not None
+        data = RuntimeChanged(plugins=world_of(plugins(), state.started).pins(), changes=changes)
+        drafts.append(Draft(subject=subjects.runtime_changed(run, state.runtimes + 1), step=0, data=data))
     if state.paused is not None:
-        subject = subjects.run_resumed(run, state.pauses)
-        await view_of(store, run).append("cli", [Draft(subject=subject, step=0, data=RunResumed())])
+        drafts.append(Draft(subject=subjects.run_resumed(run, state.pauses), step=0, data=RunResumed()))
+    if drafts:
+        await view_of(store, run).append("cli", drafts)
     return True
+
+
+def pinned(state: RunState) -> tuple[str, ...]:
+    """How the installed code differs from what a run is pinned to."""
+    assert state.started is not None
+    return changed_pins(plugins(), state.started)
+
+
+def changed_code(run: str, changes: Sequence[str]) -> PluginError:
+    """Why a run is not served."""
+    return PluginError(
+        f"The run {run} is pinned to other code: {'; '.join(changes)}.",
+        next_step=f"Install what it is pinned to, or `bascule resume {run} --accept-changes`, which is recorded.",
+    )
 
 
 async def end(store: Store, run: str, *, cancel: bool, reason: str) -> None:
@@ -307,6 +363,9 @@ async def serve_forever(store: Store, service: Service, only: str | None, say: C
     async def attempt(run: str, delay: float) -> bool:
         view = view_of(store, run, fresh=False)
         try:
+            changes = pinned(await state_of(store, run))
+            if changes:
+                raise changed_code(run, changes)
             await serve(view, [service])
             if view.state.paused is not None:
                 say(f"{run}: paused")
@@ -314,7 +373,7 @@ async def serve_forever(store: Store, service: Service, only: str | None, say: C
                 return False
             say(f"{run}: done")
         except* Exception as errors:
-            text = "; ".join(str(e) or type(e).__name__ for e in leaves(errors))
+            text = view.redaction.value("; ".join(str(e) or type(e).__name__ for e in leaves(errors)))
             view.logger.exception("service.failed", service=service.name)
             say(f"{run}: {text} Trying again in {delay:.0f} s.")
         else:

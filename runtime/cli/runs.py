@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bascule.runtime.cli.command import (
+    Credentials,
     Debug,
     Exit,
     Home,
@@ -24,7 +26,8 @@ from bascule.runtime.cli.command import (
 
 if TYPE_CHECKING:
     from bascule.runtime.cli.store import Store
-    from bascule.runtime.report import BaselineRow, RunReport
+    from bascule.runtime.report import BaselineRow, Reporter, RunReport
+    from bascule.runtime.state import RunState
     from bascule.schemas.envelope import Recorded
 
 
@@ -48,6 +51,7 @@ def run(
     ] = None,
     home: Home = None,
     url: Url = None,
+    credentials: Credentials = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -73,7 +77,7 @@ def run(
     started = launch.preflight(config, plugins())
 
     async def execute() -> None:
-        async with open_store(home_folder(home), url=url, exclusive=url is None) as store:
+        async with open_store(home_folder(home), url=url, credentials=credentials, exclusive=url is None) as store:
             name = run_id if run_id is not None else await launch.free_run_id(store, config.task.name)
             await launch.start(store, name, started)
             await _follow(store, name, as_json, serve=url is None)
@@ -82,14 +86,24 @@ def run(
 
 
 @app.command()
-def resume(run: Run, home: Home = None, url: Url = None, as_json: Json = False, debug: Debug = False) -> None:
+def resume(
+    run: Run,
+    accept: Annotated[
+        bool, typer.Option("--accept-changes", help="Go on under other code than the run is pinned to; recorded.")
+    ] = False,
+    home: Home = None,
+    url: Url = None,
+    credentials: Credentials = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Go on with a run that was killed or paused: nothing that the log holds is done again."""
     from bascule.runtime.cli import launch
     from bascule.runtime.cli.store import home_folder, open_store
 
     async def execute() -> None:
-        async with open_store(home_folder(home), url=url, exclusive=url is None) as store:
-            todo = await launch.resume(store, run)
+        async with open_store(home_folder(home), url=url, credentials=credentials, exclusive=url is None) as store:
+            todo = await launch.resume(store, run, accept=accept)
             await _follow(store, run, as_json, serve=url is None and todo, skip=True)
 
     run_async(execute())
@@ -128,7 +142,6 @@ def status(
     """What runs there are, and how far they are; also while they run."""
     from bascule.runtime.cli.show import show_report, show_runs
     from bascule.runtime.cli.store import home_folder, open_store
-    from bascule.runtime.report import report
 
     async def execute() -> None:
         async with open_store(home_folder(home), url=url) as store:
@@ -136,7 +149,7 @@ def status(
                 result = await _report(store, run, picture=False)
                 print_json(result) if as_json else show_report(result, make_console())
                 return
-            results = [report(await store.events(name)) async for name in store.runs()]
+            results = [(await _reporter(store, name)).report() async for name in store.runs()]
             print_json(results) if as_json else show_runs(results, make_console())
 
     run_async(execute())
@@ -189,16 +202,28 @@ def cancel(run: Run, reason: Reason = "asked for", home: Home = None, url: Url =
     _ending(run, home, url, cancel=True, reason=reason)
 
 
+async def _reporter(store: Store, name: str, *listeners: Callable[[Recorded], None]) -> Reporter:
+    from bascule.runtime.report import Reporter
+
+    reporter = Reporter(name)
+    async for event in store.read(name):
+        reporter.add(event)
+        for listener in listeners:
+            listener(event)
+    return reporter
+
+
 async def _report(store: Store, name: str, *, picture: bool) -> RunReport:
     import msgspec
 
-    from bascule.runtime.repeats import repeated_work
-    from bascule.runtime.report import draw, report
+    from bascule.runtime.repeats import Outcomes
+    from bascule.runtime.report import draw
 
-    events = await store.events(name)
-    rollouts, updates = repeated_work(store.home / "runs" / name / "services.jsonl", events)
+    outcomes = Outcomes()
+    reporter = await _reporter(store, name, outcomes.add)
+    rollouts, updates = outcomes.repeated(store.home / "runs" / name / "services.jsonl")
     result = msgspec.structs.replace(
-        report(events, await _baselines(events)), repeated_rollouts=rollouts, repeated_updates=updates
+        reporter.report(await _baselines(reporter.state)), repeated_rollouts=rollouts, repeated_updates=updates
     )
     if picture and result.generations:
         path = store.home / "runs" / name / "report.png"
@@ -207,16 +232,15 @@ async def _report(store: Store, name: str, *, picture: bool) -> RunReport:
     return result
 
 
-async def _baselines(events: list[Recorded]) -> list[BaselineRow]:
+async def _baselines(state: RunState) -> list[BaselineRow]:
     """The task's baselines on the sealed split, once the run has looked at it."""
     from bascule.plugins.loader import plugins
     from bascule.runtime.baselines import score_baselines
     from bascule.runtime.report import BaselineRow
     from bascule.runtime.world import world_of
-    from bascule.schemas.events import RunCompleted, RunStarted
+    from bascule.schemas.events import RunCompleted
 
-    started = events[0].data
-    if not isinstance(started, RunStarted) or not any(isinstance(e.data, RunCompleted) for e in events):
+    if state.started is None or not isinstance(state.end, RunCompleted):
         return []
-    scores = await score_baselines(world_of(plugins(), started), ("sealed",))
+    scores = await score_baselines(world_of(plugins(), state.started), ("sealed",))
     return [BaselineRow(name=name, sealed=by_split["sealed"]) for name, by_split in scores.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -9,8 +10,9 @@ from rich.table import Table
 from rich.tree import Tree
 
 from bascule.runtime.ablation import AblationRow
-from bascule.runtime.replay import Explanation
+from bascule.runtime.explain import Explanation
 from bascule.runtime.report import RunReport
+from bascule.schemas.events import LeverChosen
 from bascule.schemas.landscape import Interval
 
 
@@ -72,24 +74,60 @@ def show_report(result: RunReport, console: Console) -> None:
 
 
 def show_explanation(found: Explanation, console: Console) -> None:
-    """What was chosen, on which figures, and what else could have been."""
-    c = found.chosen
-    what = f"{c.lever}" + (f" with {c.algorithm}" if c.algorithm else "")
-    console.print(f"Step {c.generation}: the policy {c.policy} (version {c.policy_version}) chose [bold]{what}[/].")
-    console.print(f"Because: {escape('; '.join(c.reasons))}.", highlight=False)
+    """The answer to "why?": first in sentences, then the figures, the options, the causes and the code."""
+    if found.chosen is None:
+        console.print(f"[bold]{found.type}[/] at sequence {found.seq}: {found.subject}", highlight=False)
+        console.print_json(msgspec.json.encode(found.data).decode())
+    else:
+        _show_choice(found, found.chosen, console)
+    tree = Tree(f"{found.type}: {found.subject} (sequence {found.seq})")
+    branch = tree
+    for cause in found.causes:
+        branch = branch.add(f"because of {cause.type}: {cause.subject} (sequence {cause.seq})")
+        if cause.type == "bascule.lever.chosen":
+            branch.add("... and so on, back to the start of the run; --json has all of it")
+            break
+    console.print(tree)
+    console.print(f"written by {found.producer} at {found.time}", highlight=False)
+    console.print("the run was pinned to: " + ", ".join(found.versions), highlight=False, soft_wrap=True)
+
+
+def _named(lever: str, algorithm: str | None) -> str:
+    return lever + (f" with {algorithm}" if algorithm else "")
+
+
+def _show_choice(found: Explanation, c: LeverChosen, console: Console) -> None:
+    chosen = next((o for o in c.options if (o.lever, o.algorithm) == (c.lever, c.algorithm)), None)
+    score = f" It scored {chosen.score:.3g}." if chosen and chosen.score is not None else ""
+    console.print(
+        f"At step {c.generation} the policy {c.policy} (version {c.policy_version}) chose "
+        f"[bold]{_named(c.lever, c.algorithm)}[/]: {escape('; '.join(c.reasons))}.{score}",
+        highlight=False,
+    )
+    others = [o for o in c.options if o is not chosen]
+    ranked = sorted((o for o in others if o.feasible), key=lambda o: -(o.score or 0.0))
+    if ranked:
+        text = "; ".join(
+            f"{_named(o.lever, o.algorithm)} at {o.score or 0.0:.3g} ({'; '.join(o.reasons)})" for o in ranked
+        )
+        console.print(f"Also feasible, and not chosen: {escape(text)}.", highlight=False)
+    out = [o for o in others if not o.feasible]
+    if out:
+        text = "; ".join(f"{_named(o.lever, o.algorithm)} ({'; '.join(o.reasons)})" for o in out)
+        console.print(f"Not feasible: {escape(text)}.", highlight=False)
+    console.print(_came_of_it(found), highlight=False)
     figures = _table(title="the figures that it saw")
     for name in ("figure", "value", "recorded in"):
         figures.add_column(name)
-    for name, value, subject in found.evidence:
-        figures.add_row(escape(name), f"{value:.4g}", escape(subject))
+    for e in c.evidence:
+        figures.add_row(escape(e.name), f"{e.value:.4g}", escape(e.event))
     console.print(figures)
     options = _table(title="the options")
     for name in ("", "lever", "algorithm", "feasible", "score", "reasons"):
         options.add_column(name)
     for o in sorted(c.options, key=lambda o: (not o.feasible, -(o.score or 0.0))):
-        chosen = o.lever == c.lever and o.algorithm == c.algorithm
         options.add_row(
-            "[green]chosen[/]" if chosen else "rejected",
+            "[green]chosen[/]" if o is chosen else "rejected",
             o.lever,
             o.algorithm or "—",
             "yes" if o.feasible else "no",
@@ -97,12 +135,19 @@ def show_explanation(found: Explanation, console: Console) -> None:
             escape("; ".join(o.reasons)),
         )
     console.print(options)
-    tree = Tree(f"{found.chosen_id} bascule.lever.chosen (sequence {found.seq})")
-    branch = tree
-    for subject, type_ in found.causes:
-        branch = branch.add(f"because of {type_}: {subject}")
-    console.print(tree)
-    console.print(f"decided by {found.producer}", highlight=False)
+
+
+def _came_of_it(found: Explanation) -> str:
+    outcome = found.outcome
+    if outcome is None:
+        stop = found.chosen is not None and found.chosen.lever == "stop"
+        return "The run stopped there." if stop else "What came of it is not decided yet."
+    if outcome.gate is None:
+        return escape(f"It failed: {outcome.reason}")
+    g = outcome.gate
+    against = "" if g.parent_score is None else f" against {g.parent_score:.3f}"
+    tested = "" if g.p is None else f", {g.wins} better and {g.losses} worse, p = {g.p:.2g} ({g.test})"
+    return f"Its candidate was {outcome.outcome}: {g.score:.3f} on dev{against}{tested}."
 
 
 def show_runs(results: list[RunReport], console: Console) -> None:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
 
 import platformdirs
 
 from bascule.schemas.envelope import Recorded
-from bascule.schemas.errors import LogError, LogUnavailable, NotFound
+from bascule.schemas.errors import BasculeError, ConfigError, LogError, LogUnavailable, NotFound
 from bascule.schemas.subjects import token
 
 if TYPE_CHECKING:
-    from bascule.runtime.log.blobs import BlobStore
+    from bascule.runtime.log.access import Access
+    from bascule.runtime.log.anchor import Anchor
+    from bascule.runtime.log.blobs import Blobs
+    from bascule.runtime.log.guard import Watch
+    from bascule.runtime.log.link import Link
     from bascule.runtime.log.protocol import EventLog
 
 
@@ -35,30 +39,108 @@ class Store:
     """An open log with its blobs.
 
     Attributes:
+        log: as the user that reads and, from the command line, asks for things.
         owner: whether this process runs the embedded server, and so is the only one that serves its runs.
+        writers: the log as each user may write it, connected when it is used; empty if there is one user for all.
     """
 
     home: Path
     log: EventLog
     owner: bool
+    writers: Mapping[str, EventLog]
+    _watches: dict[str, Watch] = field(default_factory=dict)
 
-    def blobs(self, run: str) -> BlobStore:
-        """The blobs of one run: no run can discard what another needs."""
-        from bascule.runtime.log.blobs import BlobStore
+    def admin(self) -> EventLog:
+        """The log as the user who may write whole runs."""
+        return self.writers.get("admin", self.log)
 
-        return BlobStore(self.home / "blobs" / token(run))
+    @cached_property
+    def anchor(self) -> Anchor:
+        """What the log must not be behind."""
+        from bascule.runtime.log.anchor import Anchor
 
-    async def events(self, run: str) -> list[Recorded]:
-        """All events of a run.
+        return Anchor.of_home(self.home)
+
+    async def rule_out_damage(self) -> None:
+        """See whether what was read and made somebody fail is not what was anchored.
+
+        Raises:
+            Corrupt: it is not.
+        """
+        from bascule.runtime.log.guard import rule_out_damage
+
+        for watch in self._watches.values():
+            await rule_out_damage(watch, self.log)
+
+    async def guard(self) -> None:
+        """Refuse a log that has a gap or ends before its anchor.
+
+        Raises:
+            Corrupt: naming the first sequence that is wrong.
+        """
+        from bascule.runtime.log.guard import check_extent
+
+        anchored = self.anchor.read()  # before the log, which is ahead of it at any time
+        check_extent(await self.log.extent(), anchored, self.anchor.path)
+
+    def blobs(self, run: str) -> Blobs:
+        """The blobs of one run, in the home or, if BASCULE_BLOBS is ``nats``, on the broker.
+
+        No run can discard what another needs.
+
+        Raises:
+            ConfigError: BASCULE_BLOBS is something else.
+        """
+        if link := self._blob_link():
+            from bascule.runtime.log.object_blobs import ObjectBlobs
+
+            return ObjectBlobs(link, run)
+        from bascule.runtime.log.blobs import FileBlobs
+
+        return FileBlobs(self.home / "blobs" / token(run))
+
+    async def blob_runs(self) -> list[str]:
+        """Names of the runs that blobs are kept for, also of such that the log does not know."""
+        if link := self._blob_link():
+            from bascule.runtime.log.bucket import Bucket
+
+            return sorted({name.partition("/")[0] for name in await Bucket(link).names()})
+        folder = self.home / "blobs"
+        return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+
+    def _blob_link(self) -> Link | None:
+        """The connection to the broker if blobs are kept there, None if in the home."""
+        chosen = os.environ.get("BASCULE_BLOBS", "folder")
+        if chosen not in ("folder", "nats"):
+            raise ConfigError(f"BASCULE_BLOBS is {chosen!r}.", next_step="Set it to folder or to nats, or unset it.")
+        if chosen == "folder":
+            return None
+        from bascule.runtime.log.nats import NatsLog
+
+        assert isinstance(self.log, NatsLog)
+        return self.log.link
+
+    async def read(self, run: str) -> AsyncIterator[Recorded]:
+        """The events of a run, in order, one at a time.
 
         Raises:
             NotFound: there is no such run; lists those there are.
+            Corrupt: it is not the run that was anchored.
         """
-        found = [e async for e in self.log.read(f"bascule.{token(run)}.>")]
-        if not found:
+        from bascule.runtime.log.guard import Watch
+
+        watch = self._watches[run] = Watch(run, self.anchor.read().heads.get(run))
+        async for event in self.log.read(f"bascule.{token(run)}.>"):
+            watch.add(event)
+            yield event
+        watch.finish()
+        if watch.chain.count == 0:
             known = ", ".join([r async for r in self.runs()]) or "none yet"
             raise NotFound(f"There is no run {run!r} in {self.home}.", next_step=f"Runs: {known}.")
-        return found
+
+    async def events(self, run: str) -> list[Recorded]:
+        """All events of a run at once; see :meth:`read`."""
+        return [event async for event in self.read(run)]
 
     async def runs(self) -> AsyncIterator[str]:
         """Names of all runs, oldest first."""
@@ -76,51 +158,80 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
 
 
 @asynccontextmanager
-async def open_store(home: Path, *, url: str | None = None, exclusive: bool = False) -> AsyncIterator[Store]:
+async def open_store(
+    home: Path,
+    *,
+    url: str | None = None,
+    credentials: Path | None = None,
+    user: str | None = None,
+    exclusive: bool = False,
+    start: bool = True,
+    guarded: bool = True,
+) -> AsyncIterator[Store]:
     """Open the log: at ``url``, else the embedded server that runs on ``home``, else one started for this command.
 
     Args:
+        credentials: a file with what the users log in with at ``url``.
+        user: who reads; one that commands use if it is None.
         exclusive: refuse if another process already runs the embedded server.
+        start: whether an embedded server may be started.
+        guarded: refuse a log that has a gap or ends before its anchor.
 
     Raises:
+        Corrupt: the log is not what its anchor knows.
+        NotPermitted: the server refuses a user.
         LogError: the store is taken, not writable, or cannot be reached.
     """
-    from bascule.runtime.log.nats import NatsLog
+    from bascule.runtime.log.access import embedded_access, remote_access
+    from bascule.runtime.log.permissions import ADMIN, CLI, READER
     from bascule.runtime.log.server import EmbeddedServer, attach
 
     server: EmbeddedServer | None = None
-    if url is not None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("nats", "tls") or not parts.hostname:
-            raise LogError(
-                f"{url!r} is not the address of a NATS server.", next_step="Use nats://[user:password@]host:port."
-            )
-        address = f"{parts.scheme}://{parts.hostname}:{parts.port or 4222}"
-        user = unquote(parts.username) if parts.username else None
-        password = unquote(parts.password) if parts.password else None
-        log = await NatsLog.connect(address, user=user, password=password)
-    else:
-        running = None if exclusive else await asyncio.to_thread(attach, home)
-        if running is None:
-            server = await asyncio.to_thread(EmbeddedServer.start, home)
-            running = server.connection
+    store: Store | None = None
+    async with AsyncExitStack() as stack:
+        if url is not None:
+            access = remote_access(url, credentials)
+        else:
+            running = None if exclusive else await asyncio.to_thread(attach, home)
+            if running is None and not start:
+                raise LogError(
+                    f"No server runs on {home}.", next_step="Start `bascule broker`, or name a server with --url."
+                )
+            if running is None:
+                server = await asyncio.to_thread(EmbeddedServer.start, home)
+                stack.push_async_callback(asyncio.to_thread, server.stop)
+                running = server.connection
+            access = embedded_access(running)
         try:
-            log = await NatsLog.connect(running.url, user=running.user, password=running.password)
-        except BaseException:
             if server is not None:
-                server.stop()
+                await (await access.connect(ADMIN)).close()  # makes the streams
+            reader = user or next((u for u in (CLI, READER, ADMIN) if access.has(u)), CLI)
+            log = await access.connect(reader)
+            stack.push_async_callback(log.close)
+            store = Store(home, log, owner=server is not None, writers=_writers(access, reader, log, stack))
+            if guarded:
+                await store.guard()
+            yield store
+        except Exception as error:
+            fault = server.fault() if server is not None else None
+            if fault is not None and any(isinstance(e, LogUnavailable) for e in leaves(error)):
+                raise LogError(
+                    f"The log in {home} cannot be written: {fault}.",
+                    next_step="If the disk is full, free some space; then `bascule resume RUN`. "
+                    "Nothing recorded is lost.",
+                ) from error
+            if store is not None and not any(isinstance(e, BasculeError) for e in leaves(error)):
+                await store.rule_out_damage()
             raise
-    try:
-        yield Store(home, log, owner=server is not None)
-    except Exception as error:
-        fault = server.fault() if server is not None else None
-        if fault is not None and any(isinstance(e, LogUnavailable) for e in leaves(error)):
-            raise LogError(
-                f"The log in {home} cannot be written: {fault}.",
-                next_step="If the disk is full, free some space; then `bascule resume RUN`. Nothing recorded is lost.",
-            ) from error
-        raise
-    finally:
-        await log.close()
-        if server is not None:
-            await asyncio.to_thread(server.stop)
+
+
+def _writers(access: Access, reader: str, log: EventLog, stack: AsyncExitStack) -> dict[str, EventLog]:
+    from bascule.runtime.log.lazy import LazyLog
+    from bascule.runtime.log.permissions import USERS
+
+    if access.credentials is None:
+        return {}
+    writers = {user: LazyLog(partial(access.connect, user)) for user in USERS if user != reader}
+    for writer in writers.values():
+        stack.push_async_callback(writer.close)
+    return {**writers, reader: log}

@@ -12,11 +12,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import structs
 
 from bascule.plugins.engine import Engine, Message, SampleRequest, asked
 from bascule.runtime.episodes.episode import Limits, Outcome, StopEpisode
 from bascule.runtime.episodes.host import EpisodeProcessError
 from bascule.runtime.episodes.pool import HarnessPool
+from bascule.runtime.redaction import Redaction, process_redaction
 from bascule.schemas.errors import BasculeError, PromptError
 from bascule.schemas.harness import Harness
 from bascule.schemas.trajectory import (
@@ -107,8 +109,14 @@ def call_seed(seed: int, call: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{call}".encode()).digest()[:6], "big")
 
 
-async def run_episode(spec: EpisodeSpec, engine: Engine, pool: HarnessPool, tools: Mapping[str, Tool]) -> Trajectory:
+async def run_episode(
+    spec: EpisodeSpec, engine: Engine, pool: HarnessPool, tools: Mapping[str, Tool], redaction: Redaction | None = None
+) -> Trajectory:
     """Run one episode to its end; whatever the harness does, the result is a trajectory.
+
+    What the harness says and what it is told is redacted before the model or the harness sees it, so that neither the
+    recorded texts nor the recorded token ids hold a secret: by ``redaction``, else by the process's own redactors.
+    Tools get their arguments as the harness gave them.
 
     An episode that is lost with the zygote is played once more from the start, under a zygote of its own, since
     another episode may be to blame.
@@ -119,21 +127,23 @@ async def run_episode(spec: EpisodeSpec, engine: Engine, pool: HarnessPool, tool
         overall_seconds=OVERALL_SECONDS + manifest.timeout_seconds,
         output_bytes=manifest.max_output_bytes,
     )
+    redaction = redaction or process_redaction()
     for alone in (False, True):
-        broker = _Broker(spec, engine, tools)
+        broker = _Broker(spec, engine, tools, redaction)
         try:
             outcome = await pool.run(spec.harness, broker.opening(), broker.handle, limits=limits, alone=alone)
         except EpisodeProcessError as e:
             return broker.trajectory(EpisodeError(kind="engine", message=str(e)))
         if outcome.ending != "lost":
             break
-    return broker.trajectory(_error(outcome, limits))
+    return broker.trajectory(_error(structs.replace(outcome, output=redaction.value(outcome.output)), limits))
 
 
 class _Broker:
-    def __init__(self, spec: EpisodeSpec, engine: Engine, tools: Mapping[str, Tool]) -> None:
+    def __init__(self, spec: EpisodeSpec, engine: Engine, tools: Mapping[str, Tool], redaction: Redaction) -> None:
         self._spec = spec
         self._engine = engine
+        self._redaction = redaction
         self._manifest = spec.harness.manifest
         self._tools = {name: tools[name] for name in self._manifest.tools if name in tools}
         self._steps: list[Step] = []
@@ -168,20 +178,20 @@ class _Broker:
             raise self._stop("protocol", f"A request of the harness is not valid: {e}.") from None
         match request:
             case _Chat() | _Complete():
-                return await self._sample(request)
+                return await self._sample(self._redaction.value(request))
             case _Tool():
                 return await self._call(request)
             case _Note():
                 self._notes += 1
                 if self._notes > MAX_NOTES:
                     raise self._stop("output-limit", f"The harness made more than {MAX_NOTES} notes.")
-                self._steps.append(Note(text=request.text))
+                self._steps.append(Note(text=self._redaction.value(request.text)))
                 return None
             case _Answer():
                 raise self._finish(request)
 
     def _stop(self, kind: ErrorKind, message: str) -> StopEpisode:
-        self._error = EpisodeError(kind=kind, message=message[:_MESSAGE])
+        self._error = EpisodeError(kind=kind, message=self._redaction.value(message)[:_MESSAGE])
         return StopEpisode()
 
     def _finish(self, request: _Answer) -> StopEpisode:
@@ -190,7 +200,7 @@ class _Broker:
         size = len(request.answer.encode())
         if size > MAX_ANSWER:
             return self._stop("output-limit", f"The answer is {size} bytes; the limit is {MAX_ANSWER}.")
-        self._answer = request.answer
+        self._answer = self._redaction.value(request.answer)
         return StopEpisode()
 
     async def _sample(self, request: _Chat | _Complete) -> bytes:
@@ -211,25 +221,27 @@ class _Broker:
         try:
             sampled = await self._engine.sample(sample)
         except Exception as e:
-            reason = _reason(e)
+            reason = self._reason(e)
             if isinstance(e, PromptError):
                 self._steps.append(Note(text=f"The model refused a prompt: {reason}"))
                 return msgspec.json.encode({"error": reason})
             raise self._stop("engine", reason) from None
-        if len(sampled.outputs) != sample.n:
-            raise self._stop("engine", f"The engine gave {len(sampled.outputs)} outputs for {sample.n}.")
+        # The harness is told what is recorded, so that a recording can answer in the engine's place.
+        outputs = self._redaction.value(sampled.outputs)
+        if len(outputs) != sample.n:
+            raise self._stop("engine", f"The engine gave {len(outputs)} outputs for {sample.n}.")
         self._steps.append(
             ModelCall(
                 kind="chat" if isinstance(request, _Chat) else "completion",
                 asked=asked(sample),
                 prompt_ids=pack_ids(sampled.prompt_ids),
-                outputs=sampled.outputs,
+                outputs=outputs,
                 sampling=sample.sampling,
                 seed=sample.seed,
                 adapter=sample.adapter,
             )
         )
-        return msgspec.json.encode({"result": [(output.text, output.finish_reason) for output in sampled.outputs]})
+        return msgspec.json.encode({"result": [(output.text, output.finish_reason) for output in outputs]})
 
     def _sampling(self, request: _Chat | _Complete) -> Sampling:
         default = self._spec.sampling
@@ -255,16 +267,19 @@ class _Broker:
             try:
                 result = await tool(request.arguments)
             except Exception as e:
-                error = _reason(e)
-        arguments = msgspec.json.encode(request.arguments).decode()
+                error = self._reason(e)
+        result, error = self._redaction.value((result, error))
+        arguments = msgspec.json.encode(self._redaction.value(request.arguments)).decode()
         recorded = None if result is None else msgspec.json.encode(result).decode()
-        self._steps.append(ToolCall(name=request.name, arguments=arguments, result=recorded, error=error))
+        self._steps.append(
+            ToolCall(name=self._redaction.value(request.name), arguments=arguments, result=recorded, error=error)
+        )
         return msgspec.json.encode({"result": result} if error is None else {"error": error})
 
-
-def _reason(e: Exception) -> str:
-    text = str(e)[:_MESSAGE]
-    return text if isinstance(e, BasculeError) and text else f"{type(e).__name__}: {text}"
+    def _reason(self, e: Exception) -> str:
+        # Redacted before it is cut: half a key is no longer known as one.
+        text = self._redaction.value(str(e))[:_MESSAGE]
+        return text if isinstance(e, BasculeError) and text else f"{type(e).__name__}: {text}"
 
 
 def _error(outcome: Outcome, limits: Limits) -> EpisodeError:

@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator, Sequence
 
 from msgspec.structs import replace
 
-from bascule.runtime.log.protocol import Fence, NewEvent
+from bascule.runtime.log.dead_letters import MemoryDeadLetters
+from bascule.runtime.log.protocol import Extent, Fence, NewEvent, Raw
 from bascule.runtime.log.rules import adopted, checked, fenced_off, matches
 from bascule.schemas.envelope import Recorded
 from bascule.schemas.errors import LogError
@@ -22,6 +23,7 @@ class MemoryLog:
     """
 
     def __init__(self, *, lease: float = 10.0) -> None:
+        self.letters = MemoryDeadLetters()
         self._lease = lease
         self._events: list[Recorded] = []
         self._by_subject: dict[str, Recorded] = {}
@@ -70,6 +72,15 @@ class MemoryLog:
         for event in self._events[after:]:
             if matches(filter, event.subject):
                 yield event
+
+    async def read_raw(self, filter: str) -> AsyncGenerator[Raw, None]:  # noqa: A002
+        for event in self._events[:]:
+            if matches(filter, event.subject):
+                yield Raw(event.seq, event.subject, event.payload)
+
+    async def extent(self) -> Extent:
+        last = len(self._events)
+        return Extent(log="memory", first=min(1, last), last=last, messages=last)
 
     async def work(self, run: str, service: str, filters: Sequence[str], *, fresh: bool = False) -> MemoryQueue:
         key = (token(run), token(service))

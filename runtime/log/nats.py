@@ -5,49 +5,50 @@ from __future__ import annotations
 import asyncio
 import base64
 import secrets
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
-from typing import Any, Final
+from pathlib import Path
+from typing import Any
 
 import msgspec
 from msgspec.structs import replace
 
+from bascule.runtime.log.bucket import Bucket
+from bascule.runtime.log.dead_letters import NatsDeadLetters
 from bascule.runtime.log.link import TRANSIENT, Link
-from bascule.runtime.log.protocol import Fence, NewEvent
+from bascule.runtime.log.login import Login
+from bascule.runtime.log.permissions import ADMIN, USERS, inbox
+from bascule.runtime.log.protocol import Extent, Fence, NewEvent, Raw
 from bascule.runtime.log.pull import (
-    NANOSECONDS,
     BrokenFeedError,
     Inbox,
-    NatsQueue,
     feed,
     feed_config,
     made_or_retry,
-    queue_config,
     status_of,
 )
+from bascule.runtime.log.queues import NatsQueue, queue_config
+from bascule.runtime.log.raw import extent_of, read_raw
 from bascule.runtime.log.rules import adopted, checked, fenced_off
-from bascule.schemas.codec import MAX_EVENT_BYTES, decode
+from bascule.runtime.log.streams import MAX_BYTES, STREAM, open_streams
+from bascule.schemas.codec import decode
 from bascule.schemas.envelope import Recorded
 from bascule.schemas.errors import LogError
-from bascule.schemas.subjects import ROOT, token
-
-STREAM: Final = "BASCULE"
-MAX_BYTES: Final = 32 * 1024**3
-DUPLICATE_WINDOW_SECONDS: Final = 7 * 86400
+from bascule.schemas.subjects import token
 
 # Error codes of the JetStream API.
 _WRONG_SEQUENCE = (10071, 10164)
 _DUPLICATE_IN_BATCH = 10201
 _BATCH_INCOMPLETE = 10176
-_NO_RESOURCES, _STORE_FAILED, _NO_STORAGE = 10023, 10077, 10047
-_STREAM_NOT_FOUND, _STREAM_EXISTS, _MESSAGE_NOT_FOUND = 10059, 10058, 10037
+_NO_RESOURCES, _STORE_FAILED = 10023, 10077
+_MESSAGE_NOT_FOUND = 10037
 
 
 class NatsLog:
     """An :class:`~bascule.runtime.log.protocol.EventLog` on the stream ``BASCULE``. Made by :meth:`connect`."""
 
     def __init__(self, link: Link, *, lease: float) -> None:
+        self.letters = NatsDeadLetters(link)
         self._link = link
         self._lease = lease
 
@@ -58,33 +59,48 @@ class NatsLog:
         *,
         user: str | None = None,
         password: str | None = None,
+        nkey_seed: str | None = None,
+        ca: Path | None = None,
         name: str = "bascule",
         deadline: float = 20.0,
         lease: float = 10.0,
         max_bytes: int = MAX_BYTES,
         replicas: int = 1,
     ) -> NatsLog:
-        """Connect, and make the stream if it is not there.
+        """Connect, and make the streams if they are not there and the user is not one that may only use them.
 
         Args:
+            user: one of ``permissions.USERS``, or whom the server knows.
+            nkey_seed: proves who the user is, instead of a password.
+            ca: certificates to trust instead of the system's.
             name: shown by the server's monitoring.
             deadline: seconds after which an operation gives up with LogUnavailable.
             lease: seconds that a work item stays with its worker without ``progress``.
-            max_bytes, replicas: of the stream, if it has to be made.
+            max_bytes, replicas: of the log's stream, if it has to be made.
 
         Raises:
             LogUnavailable: nothing answers.
-            LogError: the user is refused, or the stream is there with settings under which history could be lost.
+            NotPermitted: the user is refused, or may not even read.
+            LogError: a stream is missing, or is there with settings under which history could be lost.
         """
-        link = Link(deadline=deadline)
-        await link.connect(url, user=user, password=password, name=name)
+        link = Link(deadline=deadline, inbox=inbox(user))
+        login = Login(user=user, password=password, nkey_seed=nkey_seed)
+        await link.connect(url, login=login, ca=ca, name=name)
         log = cls(link, lease=lease)
         try:
-            await log._open(max_bytes, replicas)
+            make = user not in USERS or user == ADMIN
+            await open_streams(link, make=make, max_bytes=max_bytes, replicas=replicas)
+            if user == ADMIN:  # whoever may make a bucket makes it on the first put
+                await Bucket(link).open()
         except BaseException:
             await link.close()
             raise
         return log
+
+    @property
+    def link(self) -> Link:
+        """The connection, for what else is kept on the broker."""
+        return self._link
 
     async def append(self, events: Sequence[NewEvent], *, fence: Fence | None = None) -> list[Recorded]:
         mine = checked(events, fence)
@@ -125,32 +141,46 @@ class NatsLog:
         return newest.seq if newest else 0
 
     async def follow(self, filter: str, *, after: int = 0) -> AsyncGenerator[Recorded, None]:  # noqa: A002
+        async with aclosing(self._stored(filter, after)) as found:
+            async for events in found:
+                for event in events:
+                    yield decode(event.seq, event.subject, event.payload)
+
+    async def read(self, filter: str, *, after: int = 0) -> AsyncGenerator[Recorded, None]:  # noqa: A002
+        head = await self.head(filter)
+        if head <= after:
+            return
+        async with aclosing(self._stored(filter, after)) as found:
+            async for events in found:
+                for event in events:
+                    if event.seq <= head:
+                        yield decode(event.seq, event.subject, event.payload)
+                    if event.seq >= head:
+                        return
+
+    async def _stored(self, filter_: str, after: int) -> AsyncGenerator[list[Raw], None]:
+        """What :meth:`follow` gives, before it is decoded, as many at a time as have come."""
         last = after
         while True:
             name = f"feed-{secrets.token_hex(8)}"
             try:
-                await self._make_feed(name, filter, last + 1)
-                async with Inbox(self._link, STREAM, name).open() as inbox, aclosing(feed(inbox)) as events:
-                    async for event in events:
-                        if event.seq > last:
-                            last = event.seq
-                            yield event
+                await self._make_feed(name, filter_, last + 1)
+                async with Inbox(self._link, STREAM, name).open() as inbox, aclosing(feed(inbox)) as found:
+                    async for events in found:
+                        if new := [e for e in events if e.seq > last]:
+                            last = new[-1].seq
+                            yield new
             except (BrokenFeedError, *TRANSIENT):
                 await asyncio.sleep(0.05)
             finally:
                 with suppress(*TRANSIENT):
                     await self._link.publish(f"$JS.API.CONSUMER.DELETE.{STREAM}.{name}", b"")
 
-    async def read(self, filter: str, *, after: int = 0) -> AsyncGenerator[Recorded, None]:  # noqa: A002
-        head = await self.head(filter)
-        if head <= after:
-            return
-        async with aclosing(self.follow(filter, after=after)) as events:
-            async for event in events:
-                if event.seq <= head:
-                    yield event
-                if event.seq >= head:
-                    return
+    def read_raw(self, filter: str) -> AsyncGenerator[Raw, None]:  # noqa: A002
+        return read_raw(self._link, STREAM, filter)
+
+    async def extent(self) -> Extent:
+        return await extent_of(self._link, STREAM)
 
     async def work(self, run: str, service: str, filters: Sequence[str], *, fresh: bool = False) -> NatsQueue:
         # "=" is in no token, so that two pairs never share a name.
@@ -217,66 +247,6 @@ class NatsLog:
             return made_or_retry(answer, f"A reader of {filter_}")
 
         await self._link.persist(f"Following {filter_}", attempt)
-
-    async def _open(self, max_bytes: int, replicas: int) -> None:
-        async def attempt() -> bool | None:
-            answer = await self._link.api(f"STREAM.INFO.{STREAM}", {})
-            if "error" not in answer:
-                _check_stream(answer["config"])
-                return True
-            if answer["error"]["err_code"] == _STREAM_NOT_FOUND:
-                answer = await self._link.api(f"STREAM.CREATE.{STREAM}", stream_config(max_bytes, replicas))
-            error = answer.get("error")
-            if error is None:
-                return True
-            if error["err_code"] == _NO_STORAGE:
-                raise LogError(
-                    f"The server has no room for a log of {max_bytes} bytes.",
-                    next_step="Raise its max_file_store, or ask for a smaller log.",
-                )
-            # Another client was faster, or the server is still starting.
-            if error["err_code"] == _STREAM_EXISTS or error["code"] >= 500:
-                return None
-            raise LogError(f"The stream {STREAM} could not be opened: {error['description']}.")
-
-        await self._link.persist(f"Opening the stream {STREAM}", attempt)
-
-
-def stream_config(max_bytes: int, replicas: int) -> dict[str, Any]:
-    """A stream that forgets nothing: when it is full it refuses, and nobody can delete from it or purge it."""
-    return {
-        "name": STREAM,
-        "subjects": [f"{ROOT}.>"],
-        "retention": "limits",
-        "storage": "file",
-        "discard": "new",
-        "max_age": 0,
-        "max_msgs": -1,
-        "max_bytes": max_bytes,
-        "max_msg_size": MAX_EVENT_BYTES + 4096,
-        "max_consumers": -1,
-        "duplicate_window": DUPLICATE_WINDOW_SECONDS * NANOSECONDS,
-        "deny_delete": True,
-        "deny_purge": True,
-        "allow_rollup_hdrs": False,
-        "allow_direct": True,
-        "allow_atomic": True,
-        "num_replicas": replicas,
-        "metadata": {"bascule.schema": "1", "bascule.log_id": str(uuid.uuid4())},
-    }
-
-
-def _check_stream(actual: dict[str, Any]) -> None:
-    """Raise LogError if a stream that was found could lose history or cannot do what the log needs."""
-    wanted = stream_config(0, 1)
-    keys = ("subjects", "retention", "discard", "max_age", "deny_delete", "deny_purge", "allow_direct", "allow_atomic")
-    # The server leaves out what is false or 0.
-    wrong = [key for key in keys if (actual.get(key) or 0) != (wanted[key] or 0)]
-    if wrong:
-        raise LogError(
-            f"The stream {STREAM} was made by somebody else: {', '.join(f'{k}={actual.get(k)}' for k in wrong)}.",
-            next_step="Use another server or account, or make the stream with the settings of bascule.",
-        )
 
 
 def _raise_if_final(error: dict[str, Any], mine: Sequence[Recorded]) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
 
 from bascule.schemas.envelope import Recorded
+
+if TYPE_CHECKING:
+    from bascule.runtime.log.dead_letters import DeadLetters
 
 
 class NewEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,6 +28,30 @@ class Fence(msgspec.Struct, frozen=True, kw_only=True):
 
     filter: str
     seq: int
+
+
+class Raw(NamedTuple):
+    """An event as it lies in the store, undecoded."""
+
+    seq: int
+    subject: str
+    payload: bytes
+
+
+class Extent(msgspec.Struct, frozen=True, kw_only=True):
+    """What a store says that it holds, over all runs.
+
+    Attributes:
+        log: identity of the log, given when it was made; empty if it has none.
+        first, last: sequences, 0 if it is empty.
+        missing: sequences between them that the store knows to be gone.
+    """
+
+    log: str
+    first: int
+    last: int
+    messages: int
+    missing: tuple[int, ...] = ()
 
 
 class WorkItem(Protocol):
@@ -59,6 +86,11 @@ class WorkQueue(Protocol):
 class EventLog(Protocol):
     """An ordered, append-only log of events."""
 
+    @property
+    def letters(self) -> DeadLetters:
+        """Pointers to events that a service has given up on."""
+        ...
+
     async def append(self, events: Sequence[NewEvent], *, fence: Fence | None = None) -> list[Recorded]:
         """Append one event, or several atomically, each at most once for ever under its subject.
 
@@ -86,6 +118,18 @@ class EventLog(Protocol):
 
     def read(self, filter: str, *, after: int = 0) -> AsyncIterator[Recorded]:  # noqa: A002
         """The same up to the head at the time of the call."""
+        ...
+
+    def read_raw(self, filter: str) -> AsyncIterator[Raw]:  # noqa: A002
+        """The same from the start, undecoded: what cannot be decoded is no obstacle.
+
+        Raises:
+            Corrupt: at the end, if the store counts more events than it gave out.
+        """
+        ...
+
+    async def extent(self) -> Extent:
+        """What the store says that it holds."""
         ...
 
     async def work(self, run: str, service: str, filters: Sequence[str], *, fresh: bool = False) -> WorkQueue:

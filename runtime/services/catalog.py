@@ -11,7 +11,7 @@ SERVICES = {
         Service(meta.NAME, meta.decide),
         Service(rollout.NAME, rollout.decide, rollout.Rollout),
         Service(verifier.NAME, verifier.decide, verifier.Verifier),
-        Service(feedback.NAME, feedback.decide),
+        Service(feedback.NAME, feedback.decide, feedback.Feedback),
         Service(trainer.NAME, trainer.decide, trainer.Trainer),
     )
 }

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from bascule.plugins.policy import AuthorInput, HarnessEdit, NoEdit, PolicyInput, TrainEvidence
+from typing import TYPE_CHECKING
+
+from bascule.plugins.policy import (
+    AuthorInput,
+    CallModel,
+    CallResult,
+    CallTool,
+    HarnessEdit,
+    NoEdit,
+    Performer,
+    PolicyInput,
+    TrainEvidence,
+)
 from bascule.runtime.services import proposals
 from bascule.runtime.state import RunState
 from bascule.runtime.world import World, plain, seed_of
@@ -18,15 +30,21 @@ from bascule.schemas.events import (
     EvaluationCompleted,
     HarnessProposed,
     LeverChosen,
+    ModelCalled,
     RunCompleted,
     SealedReport,
+    ToolCalled,
     TrainFailed,
     TrainRequested,
 )
 from bascule.schemas.harness import make_harness
+from bascule.schemas.landscape import Measured
 from bascule.schemas.run import PluginChoice
 from bascule.schemas.trajectory import Scored
 from bascule.verifiers.gate import paired_test
+
+if TYPE_CHECKING:
+    from bascule.runtime.runner import View
 
 NAME = "feedback"
 
@@ -37,6 +55,8 @@ def decide(state: RunState, event: Recorded, world: World) -> list[Draft]:
     match data:
         case CandidatePromoted() | CandidateRejected() | TrainFailed() | AuthorFailed():
             return _next_generation(state, world, data.generation + 1, cause)
+        case ModelCalled() | ToolCalled():
+            return _after_call(state, world, data, cause)
         case EvaluationCompleted(purpose="report"):
             return _complete(state, world, cause)
         case AblationRequested():
@@ -71,14 +91,30 @@ def _tried(state: RunState, parent: int) -> tuple[str, ...]:
     )
 
 
+def policy_session(generation: int) -> str:
+    return f"g{generation:02d}-policy"
+
+
+def author_session(generation: int) -> str:
+    return f"g{generation:02d}-author"
+
+
+def _after_call(state: RunState, world: World, data: CallResult, cause: str) -> list[Draft]:
+    """Step the machine that asked on, unless it has asked for several and this is not the newest answer."""
+    generation = state.open_choice
+    if generation is not None and data.session == policy_session(generation):
+        return _next_generation(state, world, generation, cause)
+    generation = state.open_edit
+    if generation is not None and data.session == author_session(generation):
+        return _edit(state, world, generation, cause)
+    return []
+
+
 def _next_generation(state: RunState, world: World, generation: int, cause: str) -> list[Draft]:
     given = policy_input(state, world, generation)
-    decision = world.policy.step(given, ())
+    decision = world.policy.step(given, tuple(state.calls.get(policy_session(generation), ())))
     if not isinstance(decision, LeverDecision):
-        raise ConfigError(
-            f"The policy {world.policy.name} asks for a model or tool call, and this run has no endpoint for one.",
-            next_step="Choose another policy.",
-        )
+        return []  # a call, which the service makes
     chosen = LeverChosen(
         generation=generation,
         lever=decision.lever,
@@ -93,17 +129,22 @@ def _next_generation(state: RunState, world: World, generation: int, cause: str)
     )
     first = Draft(subject=subjects.lever_chosen(state.run, generation), step=generation, cause=cause, data=chosen)
     if decision.lever == "harness":
-        return [first, *_edit(state, world, generation, given, cause)]
+        return [first, *_edit(state, world, generation, cause)]
     if decision.lever == "weights":
         return [first, _train(state, world, generation, given, decision, cause)]
     targets = sorted({0, given.best})
     return [first, *(d for t in targets for d in proposals.sealed(state, world, t, cause))]
 
 
-def _edit(state: RunState, world: World, generation: int, given: PolicyInput, cause: str) -> list[Draft]:
-    parent = state.candidate(given.best)
+def _edit(state: RunState, world: World, generation: int, cause: str) -> list[Draft]:
+    best = state.best
+    assert best is not None
+    parent = state.candidate(best)
     harness = state.harnesses[parent.harness]
-    edit = world.author.step(author_input(state, world, generation), ())
+    results = tuple(state.calls.get(author_session(generation), ()))
+    edit = world.author.step(author_input(state, world, generation), results)
+    if isinstance(edit, CallModel | CallTool):
+        return []
     subject = subjects.harness_outcome(state.run, generation)
 
     def failed(reason: str) -> list[Draft]:
@@ -112,10 +153,8 @@ def _edit(state: RunState, world: World, generation: int, given: PolicyInput, ca
 
     if isinstance(edit, NoEdit):
         return failed(edit.reason)
-    if not isinstance(edit, HarnessEdit):
-        return failed(f"The author {world.author.name} asks for a call, and this run has no endpoint for one.")
     try:
-        new = make_harness(edit.files)
+        new = make_harness(world.redaction.value(edit.files))
     except HarnessError as e:
         return failed(f"The edit {edit.edit!r} is not a usable harness. {e}")
     proposed = HarnessProposed(
@@ -134,7 +173,7 @@ def _edit(state: RunState, world: World, generation: int, given: PolicyInput, ca
             generation=generation,
             harness=new.digest,
             adapter=parent.adapter,
-            parent=given.best,
+            parent=best,
             lever="harness",
             algorithm=None,
             cause=cause,
@@ -257,3 +296,84 @@ def _ablate(state: RunState, world: World, data: AblationRequested, cause: str) 
         cause=cause,
         engine=PluginChoice(name="constant", params={"text": data.answer}) if constant else None,
     )
+
+
+class Feedback:
+    """The feedback service's effects: the calls that a policy or an author asks for, one after the other."""
+
+    async def run(self, view: View) -> None:
+        async for state in view.changes():
+            while (asked := pending(state, view.world)) is not None:
+                session, ordinal, call = asked
+                view.logger.info("call.started", session=session, ordinal=ordinal)
+                await self._perform(view, session, ordinal, call)
+
+    async def _perform(self, view: View, session: str, ordinal: int, call: CallModel | CallTool) -> None:
+        machine = view.world.policy if session.endswith("-policy") else view.world.author
+        if not isinstance(machine, Performer):
+            raise ConfigError(
+                f"{machine.name} asks for a call and cannot make one.", next_step="Choose another policy or author."
+            )
+        started = view.clock()
+        performed = await machine.perform(call)
+        measured = Measured(seconds=view.clock() - started)
+        data: CallResult
+        if isinstance(call, CallModel):
+            data = ModelCalled(
+                session=session,
+                ordinal=ordinal,
+                model=call.model,
+                request=call.request,
+                answer=performed.answer,
+                input_tokens=performed.input_tokens,
+                output_tokens=performed.output_tokens,
+                measured=measured,
+            )
+        else:
+            data = ToolCalled(
+                session=session,
+                ordinal=ordinal,
+                name=call.name,
+                arguments=call.arguments,
+                result=performed.answer.get("result"),
+                error=performed.answer.get("error"),
+                measured=measured,
+            )
+        draft = Draft(
+            subject=subjects.call_outcome(view.run, session, ordinal),
+            step=int(session[1:].split("-")[0]),
+            data=data,
+            cause=_asked_by(view.state, session, ordinal),
+        )
+        (recorded,) = await view.append(NAME, [draft])
+        await view.until(lambda s: s.seq >= recorded.seq)
+
+
+def _asked_by(state: RunState, session: str, ordinal: int) -> str:
+    """Id of the event upon which the machine asked."""
+    run, generation = state.run, int(session[1:].split("-")[0])
+    if ordinal:
+        return subjects.event_id(subjects.call_outcome(run, session, ordinal - 1))
+    if session == author_session(generation):
+        return subjects.event_id(subjects.lever_chosen(run, generation))
+    before = state.steps[generation - 1]
+    if before.author_failed is not None:
+        return subjects.event_id(subjects.harness_outcome(run, before.number))
+    if before.gate is None:
+        return subjects.event_id(subjects.train_outcome(run, before.number))
+    return subjects.event_id(subjects.candidate_gate(run, before.number))
+
+
+def pending(state: RunState, world: World) -> tuple[str, int, CallModel | CallTool] | None:
+    """The call that is asked for and not recorded yet: its session, its place in it, and what it is."""
+    if (generation := state.open_choice) is not None:
+        session = policy_session(generation)
+        results = tuple(state.calls.get(session, ()))
+        asked: object = world.policy.step(policy_input(state, world, generation), results)
+    elif (generation := state.open_edit) is not None:
+        session = author_session(generation)
+        results = tuple(state.calls.get(session, ()))
+        asked = world.author.step(author_input(state, world, generation), results)
+    else:
+        return None
+    return (session, len(results), asked) if isinstance(asked, CallModel | CallTool) else None

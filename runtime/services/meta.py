@@ -20,7 +20,7 @@ def decide(state: RunState, event: Recorded, world: World) -> list[Draft]:
         return []
     cause = event.envelope.id
     try:
-        harness = make_harness(world.task.harness())
+        harness = make_harness(world.redaction.value(world.task.harness()))
     except HarnessError as e:
         reason = f"The first harness of the task {world.task.name} is not usable. {e}"
         return [

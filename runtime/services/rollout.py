@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import tempfile
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
 from bascule.plugins.engine import Engine
-from bascule.runtime.episodes.broker import EpisodeSpec, run_episode
+from bascule.runtime.episodes.broker import EpisodeSpec, Tool, run_episode
 from bascule.runtime.episodes.pool import HarnessPool
 from bascule.runtime.state import RunState
+from bascule.runtime.work import work_off
 from bascule.runtime.world import World, seed_of
 from bascule.schemas import subjects
 from bascule.schemas.codec import INLINE_BYTES
@@ -25,7 +29,6 @@ from bascule.schemas.run import PluginChoice, RunConfig
 from bascule.schemas.trajectory import ModelCall, Trajectory
 
 if TYPE_CHECKING:
-    from bascule.runtime.log.protocol import WorkItem
     from bascule.runtime.runner import View
 
 NAME = "rollout"
@@ -38,33 +41,43 @@ def decide(state: RunState, event: Recorded, world: World) -> list[Draft]:
     return []
 
 
-class Rollout:
-    """The rollout service's effects: every trajectory of a requested shard, once."""
+class Episodes(Protocol):
+    """What runs one episode: a harness that asks an engine."""
 
-    def __init__(self) -> None:
+    async def __call__(self, spec: EpisodeSpec, engine: Engine, tools: Mapping[str, Tool]) -> Trajectory: ...
+
+
+@contextlib.asynccontextmanager
+async def harness_processes(world: World) -> AsyncIterator[Episodes]:
+    """Episodes with their harness in a process of its own."""
+    pool = HarnessPool(children=world.config.concurrency)
+    await pool.start()
+    try:
+        yield lambda spec, engine, tools: run_episode(spec, engine, pool, tools, world.redaction)
+    finally:
+        await pool.close()
+
+
+class Rollout:
+    """The rollout service's effects: every trajectory of a requested shard, once.
+
+    Args:
+        episodes: opens what runs episodes; processes unless a test says otherwise.
+    """
+
+    def __init__(self, episodes: Callable[[World], AbstractAsyncContextManager[Episodes]] = harness_processes) -> None:
+        self._episodes = episodes
         self._engines: dict[str, Engine] = {}
         self._loaded: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     async def run(self, view: View) -> None:
         await view.ready()
-        subject = f"bascule.{view.run}.episodes.*.requested"
         async with contextlib.AsyncExitStack() as stack:
-            pool = HarnessPool(children=view.world.config.concurrency)
-            await pool.start()
-            stack.push_async_callback(pool.close)
+            episodes = await stack.enter_async_context(self._episodes(view.world))
             stack.push_async_callback(self._close)
             await self._engine(view, None)
-            queue = await view.writer(NAME).work(view.run, NAME, [subject], fresh=view.fresh)
-            stack.push_async_callback(queue.close)
-            slots = asyncio.Semaphore(SHARDS_IN_FLIGHT)
-            group = await stack.enter_async_context(asyncio.TaskGroup())
-            while True:
-                await slots.acquire()
-                items = await queue.next(1, 1.0)
-                if not items:
-                    slots.release()
-                for item in items:
-                    group.create_task(self._shard(view, pool, item)).add_done_callback(lambda _: slots.release())
+            shard = partial(self._shard, view, episodes)
+            await work_off(view, NAME, f"bascule.{view.run}.episodes.*.requested", shard, slots=SHARDS_IN_FLIGHT)
 
     async def _close(self) -> None:
         for engine in self._engines.values():
@@ -100,7 +113,7 @@ class Rollout:
         found = view.state.adapters[adapter]
         with tempfile.TemporaryDirectory(dir=view.home, prefix="adapter-") as folder:
             for name, ref in found.files.items():
-                data = await asyncio.to_thread(view.blobs.get, ref)
+                data = await view.blobs.get(ref)
                 await asyncio.to_thread((Path(folder) / name).write_bytes, data)
             await engine.load_adapter(served_name(view.run, adapter), Path(folder))
         await self._unload_superseded(view, engine, adapter)
@@ -119,35 +132,27 @@ class Rollout:
                 del self._loaded[name, identity]
                 await engine.unload_adapter(served_name(view.run, name))
 
-    async def _shard(self, view: View, pool: HarnessPool, item: WorkItem) -> None:
-        request = item.event.data
+    async def _shard(self, view: View, episodes: Episodes, event: Recorded) -> None:
+        request = event.data
         assert isinstance(request, EpisodesRequested)
-        await view.until(lambda s: s.seq >= item.event.seq)
-        evaluation = view.state.evaluations[request.evaluation]
-        missing = [
-            (position, example, sample)
-            for position, example in zip(request.positions, request.examples, strict=True)
-            for sample in range(request.samples)
-            if (position, sample) not in evaluation.logged
-        ]
-        if missing:
-            heartbeat = asyncio.create_task(_heartbeat(item))
-            try:
-                engine = await self._engine(view, request.engine)
-                if request.adapter is not None:
-                    await self._serve_adapter(view, engine, request.adapter)
-                async with asyncio.TaskGroup() as group:
-                    for position, example, sample in missing:
-                        group.create_task(self._episode(view, pool, engine, item.event, position, example, sample))
-            finally:
-                heartbeat.cancel()
-        await item.done()
+        missing = view.state.evaluations[request.evaluation].missing(request)
+        if not missing:
+            return
+        engine = await self._engine(view, request.engine)
+        if request.adapter is not None:
+            await self._serve_adapter(view, engine, request.adapter)
+        async with asyncio.TaskGroup() as group:
+            for position, sample in missing:
+                group.create_task(self._episode(view, episodes, engine, event, position, sample))
 
     async def _episode(
-        self, view: View, pool: HarnessPool, engine: Engine, cause: Recorded, position: int, example: str, sample: int
+        self, view: View, episodes: Episodes, engine: Engine, cause: Recorded, position: int, sample: int
     ) -> None:
         request = cause.data
         assert isinstance(request, EpisodesRequested)
+        evaluation = view.state.evaluations[request.evaluation]
+        if evaluation.completed is not None or (position, sample) in evaluation.logged:
+            return  # another worker recorded it since, while an adapter was loaded here
         name = subjects.trajectory_id(request.evaluation, position, sample)
         harness = view.state.harnesses[request.harness]
         public = view.world.public
@@ -163,18 +168,18 @@ class Rollout:
         )
         view.logger.info("episode.started", trajectory=name)
         started = view.clock()
-        trajectory = await run_episode(spec, engine, pool, view.world.task.tools())
+        trajectory = view.redaction.value(await episodes(spec, engine, view.world.task.tools()))
         if trajectory.error is not None and trajectory.error.kind == "engine":
             # Not the policy's failure, so no trajectory: the service stops, and the episode runs after a resume.
             raise EngineError(f"The engine could not answer {name}: {trajectory.error.message}")
         body = msgspec.json.encode(trajectory)
         inline = len(body) <= INLINE_BYTES
-        blob = None if inline else await asyncio.to_thread(view.blobs.put, body, "application/json")
+        blob = None if inline else await view.blobs.put(body, "application/json")
         prompt, output = tokens_of(trajectory)
         data = TrajectoryLogged(
             trajectory=name,
             evaluation=request.evaluation,
-            example=example,
+            example=request.examples[request.positions.index(position)],
             position=position,
             sample=sample,
             answer=trajectory.answer,
@@ -208,9 +213,3 @@ def tokens_of(trajectory: Trajectory) -> tuple[int, int]:
         sum(len(c.prompt_ids) for c in calls) // 4,
         sum(len(o.token_ids) for c in calls for o in c.outputs) // 4,
     )
-
-
-async def _heartbeat(item: WorkItem) -> None:
-    while True:
-        await asyncio.sleep(3)
-        await item.progress()

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
 
@@ -33,6 +33,7 @@ from bascule.schemas.trajectory import Scored, Trajectory
 
 if TYPE_CHECKING:
     from bascule.runtime.runner import View
+    from bascule.trainers.loop import TrainJob
 
 NAME = "trainer"
 T = TypeVar("T")
@@ -49,8 +50,9 @@ def decide(state: RunState, event: Recorded, world: World) -> list[Draft]:
         return _iteration(state, world, data, 0, data.adapter, cause)
     if not isinstance(data, AdapterCheckpointed):
         return []
-    training = state.steps[data.generation].training
-    assert training is not None
+    training = state.training(data.generation)
+    if training is None:
+        return []
     request = training.request
     if data.iteration + 1 < request.iterations:
         return _iteration(state, world, request, data.iteration + 1, data.adapter, cause)
@@ -133,7 +135,7 @@ def groups_of(evaluation: Evaluation) -> list[Group]:
 def next_evaluation(state: RunState, training: Training) -> Evaluation | None:
     """The completed evaluation that the next update trains from, None while it is not there yet."""
     request = training.request
-    name = request.logged or adapter_name(request.generation, len(training.checkpoints))
+    name = request.logged or adapter_name(request.generation, training.iterations)
     evaluation = state.evaluations.get(name)
     return evaluation if evaluation is not None and evaluation.completed is not None else None
 
@@ -146,12 +148,17 @@ def open_training(state: RunState) -> Training | None:
 
 
 class Trainer:
-    """The trainer's effects. At most one job of a run is open at a time."""
+    """The trainer's effects. At most one job of a run is open at a time.
 
-    def __init__(self) -> None:
+    Args:
+        backend: what computes the updates; torch unless a test says otherwise.
+    """
+
+    def __init__(self, backend: Backend | None = None) -> None:
+        self._backend = backend or TorchBackend()
         # One thread for everything of a job: torch's thread count is a setting of the thread that computes.
         self._thread = ThreadPoolExecutor(1, "trainer")
-        self._job: Any = None
+        self._job: Job | None = None
         self._generation = -1
         self._head = 0
         self._attempt = 0
@@ -162,10 +169,18 @@ class Trainer:
             training = open_training(state)
             if training is None or training.request.generation in self._lost:
                 continue
-            if len(training.checkpoints) >= training.request.iterations:
+            if training.iterations >= training.request.iterations:
                 continue
             evaluation = next_evaluation(view.state, training)
             if evaluation is None:
+                continue
+            if self._generation != training.request.generation:
+                try:
+                    await self._start(view, training)
+                except Conflict as e:
+                    # The job has moved on unseen, be it by an append of a process before this one that came in late.
+                    # Whether it still wants an attempt shows once that is folded.
+                    view.logger.warning("training.not_started", generation=training.request.generation, error=str(e))
                 continue
             try:
                 await self._iterate(view, training, evaluation)
@@ -180,8 +195,8 @@ class Trainer:
         started = TrainStarted(
             generation=request.generation,
             attempt=attempt,
-            resumed_after=len(training.checkpoints),
-            threads=await self._compute(_threads, view.world.config.threads),
+            resumed_after=training.iterations,
+            threads=await self._compute(self._backend.threads, view.world.config.threads),
         )
         draft = Draft(
             subject=subjects.train_started(view.run, request.generation, attempt),
@@ -194,12 +209,12 @@ class Trainer:
         if recorded[0].duplicate:
             raise Conflict(f"The training job of generation {request.generation} was started by another trainer.")
         get = view.blobs.get
-        state = await asyncio.to_thread(get, training.checkpoints[-1].state) if training.checkpoints else None
+        state = await get(training.last.state) if training.last else None
         parent = None
         if request.adapter is not None:
             refs = view.state.adapters[request.adapter].files
-            parent = {name: await asyncio.to_thread(get, ref) for name, ref in refs.items()}
-        self._job = await self._compute(_open_job, view.world.config.model, request, parent, state)
+            parent = {name: await get(ref) for name, ref in refs.items()}
+        self._job = await self._compute(self._backend.open, view.world.config.model, request, parent, state)
         self._generation, self._attempt, self._head = request.generation, attempt, recorded[0].seq
 
     async def _compute(self, work: Callable[..., T], *arguments: Any) -> T:
@@ -209,17 +224,18 @@ class Trainer:
         return Fence(filter=subjects.train_aggregate(view.run, generation), seq=head)
 
     async def _iterate(self, view: View, training: Training, evaluation: Evaluation) -> None:
-        request, iteration = training.request, len(training.checkpoints)
-        if self._generation != request.generation:
-            await self._start(view, training)
+        request, iteration = training.request, training.iterations
         trajectories = await load_trajectories(view, evaluation)
+        if training.attempts > self._attempt:
+            raise Conflict(f"The training job of generation {request.generation} was taken over by another trainer.")
         view.logger.info("update.started", generation=request.generation, iteration=iteration)
         started = view.clock()
         try:
             credit = view.plugins.registry.algorithms.get(request.algorithm).credit(
                 groups_of(evaluation), request.params
             )
-            update = await self._compute(_update, self._job, trajectories, credit, iteration)
+            assert self._job is not None
+            update = await self._compute(self._job.update, trajectories, credit, iteration)
         except TrainError as e:
             self._generation = -1
             await self._record(view, training, evaluation, TrainFailed(
@@ -227,7 +243,7 @@ class Trainer:
             ))  # fmt: skip
             return
         put = view.blobs.put
-        files = {n: await asyncio.to_thread(put, d, "application/x-safetensors") for n, d in update.files.items()}
+        files = {n: await put(d, "application/x-safetensors") for n, d in update.files.items()}
         data = AdapterCheckpointed(
             generation=request.generation,
             iteration=iteration,
@@ -235,19 +251,21 @@ class Trainer:
             adapter=adapter_name(request.generation, iteration),
             files=files,
             sha256=update.sha256,
-            state=await asyncio.to_thread(put, update.state, "application/x-safetensors"),
+            state=await put(update.state, "application/x-safetensors"),
             data_digest=_digest(trajectories),
             metrics={"reward": _mean_reward(evaluation), **update.metrics},
             measured=Measured(seconds=view.clock() - started),
         )
+        superseded = training.last
         await self._record(view, training, evaluation, data)
-        # Nobody samples with a superseded checkpoint any more: the next one exists because its episodes are done. One
-        # that changed nothing has the very files of a published adapter, which stay.
+        if superseded is None:
+            return
+        # Nobody samples with it any more: the next one exists because its episodes are done. One that changed nothing
+        # has the very files of a published adapter, which stay. What a crash leaves here is found as garbage.
         published = (s.training.published for s in view.state.steps.values() if s.training and s.training.published)
         kept = {ref for p in published for ref in p.files.values()} | {*data.files.values(), data.state}
-        for old in training.checkpoints[:-1]:
-            for ref in {*old.files.values(), old.state} - kept:
-                view.blobs.discard(ref)
+        for ref in {*superseded.files.values(), superseded.state} - kept:
+            await view.blobs.discard(ref)
 
     async def _record(
         self, view: View, training: Training, evaluation: Evaluation, data: AdapterCheckpointed | TrainFailed
@@ -280,31 +298,55 @@ def _mean_reward(evaluation: Evaluation) -> float:
     return sum(rewards) / len(rewards) if rewards else 0.0
 
 
-def _threads(wanted: int) -> int:
-    import torch
+class Job(Protocol):
+    """A training job under way."""
 
-    if wanted:
-        torch.set_num_threads(wanted)
-    return torch.get_num_threads()
+    def update(self, trajectories: dict[str, Trajectory], credit: list[Credit], iteration: int) -> Update: ...
 
 
-def _open_job(model: str, request: TrainRequested, parent: dict[str, bytes] | None, state: bytes | None) -> Any:
-    from bascule.trainers.base_model import resolve_model
-    from bascule.trainers.loop import TrainJob
+class Backend(Protocol):
+    """What computes updates."""
 
-    job = TrainJob(resolve_model(model), request.params, request.seed, parent)
-    if state is not None:
-        job.restore(state)
-    return job
+    def threads(self, wanted: int) -> int:
+        """Set the compute threads of the calling thread, 0 for the default; how many there are."""
+        ...
+
+    def open(self, model: str, request: TrainRequested, parent: dict[str, bytes] | None, state: bytes | None) -> Job:
+        """A job that continues from the files of ``parent``, and from ``state`` if it was under way."""
+        ...
 
 
-def _update(job: Any, trajectories: dict[str, Trajectory], credit: list[Credit], iteration: int) -> Update:
-    from bascule.trainers.lora import adapter_hash
+class TorchBackend:
+    """LoRA updates with torch, which is imported when a job opens."""
 
-    found = job.update(trajectories, credit, iteration)
-    files = job.adapter_files()
-    metrics = {k: float(v) for k, v in asdict(found).items() if k != "seconds"}
-    return Update(files, adapter_hash(files), job.checkpoint(), metrics)
+    def threads(self, wanted: int) -> int:
+        import torch
+
+        if wanted:
+            torch.set_num_threads(wanted)
+        return torch.get_num_threads()
+
+    def open(self, model: str, request: TrainRequested, parent: dict[str, bytes] | None, state: bytes | None) -> Job:
+        from bascule.trainers.base_model import resolve_model
+        from bascule.trainers.loop import TrainJob
+
+        job = TrainJob(resolve_model(model), request.params, request.seed, parent)
+        if state is not None:
+            job.restore(state)
+        return _TorchJob(job)
+
+
+class _TorchJob:
+    def __init__(self, job: TrainJob) -> None:
+        self._job = job
+
+    def update(self, trajectories: dict[str, Trajectory], credit: list[Credit], iteration: int) -> Update:
+        from bascule.trainers.lora import adapter_hash
+
+        found = self._job.update(trajectories, credit, iteration)
+        files = self._job.adapter_files()
+        metrics = {k: float(v) for k, v in asdict(found).items() if k != "seconds"}
+        return Update(files, adapter_hash(files), self._job.checkpoint(), metrics)
 
 
 async def load_trajectories(view: View, evaluation: Evaluation) -> dict[str, Trajectory]:
@@ -316,7 +358,7 @@ async def load_trajectories(view: View, evaluation: Evaluation) -> dict[str, Tra
         recorded = await view.log.get(subjects.trajectory_logged(view.run, trajectory))
         if recorded is None or not isinstance(recorded.data, TrajectoryLogged):
             raise TrainError(f"The trajectory {trajectory} is scored but not in the log.")
-        found[trajectory] = await asyncio.to_thread(body_of, view, recorded.data)
+        found[trajectory] = await body_of(view, recorded.data)
 
     ids = [subjects.trajectory_id(name, *key) for key in evaluation.trajectories()]
     for i in range(0, len(ids), 64):
@@ -324,12 +366,12 @@ async def load_trajectories(view: View, evaluation: Evaluation) -> dict[str, Tra
     return {t: found[t] for t in sorted(found)}
 
 
-def body_of(view: View, logged: TrajectoryLogged) -> Trajectory:
+async def body_of(view: View, logged: TrajectoryLogged) -> Trajectory:
     """The steps of a logged trajectory, inline or from its blob."""
     if logged.body is not None:
         return logged.body
     assert logged.blob is not None
-    return msgspec.json.decode(view.blobs.get(logged.blob), type=Trajectory)
+    return msgspec.json.decode(await view.blobs.get(logged.blob), type=Trajectory)
 
 
 def _digest(trajectories: dict[str, Trajectory]) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 from bascule.runtime.state import Evaluation, RunState
+from bascule.runtime.work import work_off
 from bascule.runtime.world import World, seed_of
 from bascule.schemas import subjects
 from bascule.schemas.envelope import Draft, Recorded
@@ -14,16 +16,17 @@ from bascule.schemas.events import (
     CandidatePromoted,
     CandidateRejected,
     EvaluationCompleted,
+    Split,
     TrajectoryLogged,
     TrajectoryScored,
 )
 from bascule.schemas.landscape import Measured, RewardLandscape
+from bascule.schemas.trajectory import Verdict
 from bascule.verifiers.gate import GATE_VERSION, gate
 from bascule.verifiers.landscape import SampleFigures, landscape
 from bascule.verifiers.scoring import Scorer
 
 if TYPE_CHECKING:
-    from bascule.runtime.log.protocol import WorkItem
     from bascule.runtime.runner import View
 
 NAME = "verifier"
@@ -36,8 +39,8 @@ def decide(state: RunState, event: Recorded, world: World) -> list[Draft]:
         return _gate(state, world, data.generation, cause)
     if not isinstance(data, TrajectoryScored):
         return []
-    evaluation = state.evaluations[data.evaluation]
-    if evaluation.completed is not None or not evaluation.finished:
+    evaluation = state.evaluations.get(data.evaluation)
+    if evaluation is None or evaluation.completed is not None or not evaluation.finished:
         return []
     request = evaluation.request
     completed = EvaluationCompleted(
@@ -90,38 +93,45 @@ def _gate(state: RunState, world: World, generation: int, cause: str) -> list[Dr
     return [Draft(subject=subjects.candidate_gate(state.run, generation), step=generation, cause=cause, data=data)]
 
 
+class Scoring(Protocol):
+    """What gives a verdict on an answer."""
+
+    async def score(self, split: Split, example: str, answer: str | None) -> Verdict: ...
+
+
 class Verifier:
-    """The verifier's effects: every logged trajectory gets one verdict."""
+    """The verifier's effects: every logged trajectory gets one verdict.
+
+    Args:
+        scoring: opens what scores a task, given its name and parameters; a process of its own unless a test says
+            otherwise.
+    """
+
+    def __init__(self, scoring: Callable[[str, dict[str, Any]], AbstractAsyncContextManager[Scoring]] = Scorer) -> None:
+        self._scoring = scoring
 
     async def run(self, view: View) -> None:
         await view.ready()
         task = view.world.config.task
-        queue = await view.writer(NAME).work(view.run, NAME, [f"bascule.{view.run}.traj.*.logged"], fresh=view.fresh)
-        async with contextlib.AsyncExitStack() as stack:
-            stack.push_async_callback(queue.close)
-            scorer = await stack.enter_async_context(Scorer(task.name, task.params))
-            group = await stack.enter_async_context(asyncio.TaskGroup())
-            slots = asyncio.Semaphore(256)
-            while True:
-                for item in await queue.next(64, 1.0):
-                    await slots.acquire()
-                    group.create_task(self._score(view, scorer, item)).add_done_callback(lambda _: slots.release())
-
-    async def _score(self, view: View, scorer: Scorer, item: WorkItem) -> None:
-        logged = item.event.data
-        assert isinstance(logged, TrajectoryLogged)
-        await view.until(lambda s: s.seq >= item.event.seq)
-        evaluation = view.state.evaluations[logged.evaluation]
-        if (logged.position, logged.sample) not in evaluation.verdicts:
-            verdict = await scorer.score(evaluation.request.split, logged.example, logged.answer)
-            data = TrajectoryScored(
-                trajectory=logged.trajectory,
-                evaluation=logged.evaluation,
-                position=logged.position,
-                sample=logged.sample,
-                verdict=verdict,
+        async with self._scoring(task.name, task.params) as scorer:
+            await work_off(
+                view, NAME, f"bascule.{view.run}.traj.*.logged", partial(self._score, view, scorer), slots=256, batch=64
             )
-            subject = subjects.trajectory_scored(view.run, logged.trajectory)
-            draft = Draft(subject=subject, step=item.event.envelope.step, data=data, cause=item.event.envelope.id)
-            await view.append(NAME, [draft])
-        await item.done()
+
+    async def _score(self, view: View, scorer: Scoring, event: Recorded) -> None:
+        logged = event.data
+        assert isinstance(logged, TrajectoryLogged)
+        evaluation = view.state.evaluations[logged.evaluation]
+        if evaluation.completed is not None or (logged.position, logged.sample) in evaluation.verdicts:
+            return
+        verdict = await scorer.score(evaluation.request.split, logged.example, logged.answer)
+        data = TrajectoryScored(
+            trajectory=logged.trajectory,
+            evaluation=logged.evaluation,
+            position=logged.position,
+            sample=logged.sample,
+            verdict=verdict,
+        )
+        subject = subjects.trajectory_scored(view.run, logged.trajectory)
+        draft = Draft(subject=subject, step=event.envelope.step, data=data, cause=event.envelope.id)
+        await view.append(NAME, [draft])

@@ -69,20 +69,28 @@ def test_explain_names_the_figures_and_the_rejected_options(world: Any, recorded
 def test_five_serve_processes_make_the_same_decisions(
     world: Any, recorded: dict[str, Any], unkilled: dict[str, Any]
 ) -> None:
-    """A server of its own, one process a service, and a sixth that only starts the run and follows it."""
+    """A server of its own, one process a service with that service's rights, and one that only starts the run."""
     home = "served"
     env = world.environment(home)
     server = subprocess.Popen(
         world.command("broker", "--json"), env=env, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     assert server.stdout is not None
-    url = json.loads(server.stdout.readline())["url"]
-    workers = [
-        subprocess.Popen(world.command("serve", s, "--url", url), env=env, stderr=subprocess.DEVNULL)
-        for s in (*SERVICES, "rollout", "verifier")
-    ]
+    broker = json.loads(server.stdout.readline())
+    credentials = json.loads(Path(broker["credentials"]).read_text())
+    workers = []
+    for i, service in enumerate((*SERVICES, "rollout", "verifier")):
+        own = world.root / f"{service}.json"
+        own.write_text(json.dumps({service: credentials[service]}))
+        # One of each finds the broker of its home by itself, the others are told of it.
+        where = ("--url", broker["url"], "--credentials", str(own)) if i < len(SERVICES) else ()
+        command = world.command("serve", service, *where)
+        workers.append(subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL))
+    asks = world.root / "cli.json"
+    asks.write_text(json.dumps({"cli": credentials["cli"]}))
     try:
-        report = world.json(*world.cassette_run(recorded["cassette"]), "--url", url, home=home)
+        command = world.cassette_run(recorded["cassette"])
+        report = world.json(*command, "--url", broker["url"], "--credentials", str(asks), home=home)
     finally:
         for process in (*workers, server):
             process.kill()

@@ -10,7 +10,7 @@ import pytest
 
 from bascule.plugins.loader import plugins
 from bascule.runtime.cli.launch import configure, preflight, producer
-from bascule.runtime.log.blobs import BlobStore
+from bascule.runtime.log.blobs import FileBlobs
 from bascule.runtime.log.memory import MemoryLog
 from bascule.runtime.runner import View
 from bascule.schemas import subjects
@@ -29,7 +29,7 @@ SMALL: dict[str, Any] = {
 @pytest.fixture
 def make_view(tmp_path: Path) -> Callable[[MemoryLog], View]:
     def make(log: MemoryLog) -> View:
-        return View(log, BlobStore(tmp_path / "blobs"), plugins(), RUN, producer, home=tmp_path, fresh=True)
+        return View(log, FileBlobs(tmp_path / "blobs"), plugins(), RUN, producer, home=tmp_path, fresh=True)
 
     return make
 

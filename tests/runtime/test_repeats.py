@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from bascule.runtime.repeats import repeated_work
+from bascule.runtime.repeats import Outcomes
 from bascule.schemas import codec, subjects
 from bascule.schemas import events as ev
 from bascule.schemas.envelope import Draft, Producer, Recorded
@@ -27,6 +27,13 @@ def logged(name: str) -> Recorded:
 
 def started(name: str, time: str) -> str:
     return json.dumps({"event": "episode.started", "trajectory": name, "timestamp": time}) + "\n"
+
+
+def repeated_work(path: Path, events: list[Recorded]) -> tuple[int, int]:
+    outcomes = Outcomes()
+    for event in events:
+        outcomes.add(event)
+    return outcomes.repeated(path)
 
 
 def test_an_episode_started_after_its_record_is_counted_and_one_before_is_not(tmp_path: Path) -> None:

@@ -1,0 +1,156 @@
+"""Poison: tried again, set aside once, in nobody's way, and tried once more on request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from bascule.runtime import work
+from bascule.runtime.log.dead_letters import DeadLetter
+from bascule.runtime.log.memory import MemoryLog
+from bascule.runtime.log.protocol import NewEvent
+from bascule.runtime.runner import Service, View, serve
+from bascule.runtime.services import verifier
+from bascule.runtime.services.catalog import SERVICES
+from bascule.schemas import events as ev
+from bascule.schemas import subjects
+from bascule.schemas.codec import decision_hash
+from bascule.schemas.envelope import Draft, Recorded
+from bascule.schemas.errors import ScoringError
+from bascule.schemas.landscape import Measured
+from bascule.schemas.trajectory import Verdict
+from bascule.verifiers.scoring import Scorer
+
+Make = Callable[[MemoryLog], View]
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "RETRY_SECONDS", 0.001)
+    monkeypatch.setattr(work, "IDLE_SECONDS", 0.01)
+
+
+def orphan() -> Draft:
+    """A trajectory of an evaluation that nobody asked for."""
+    data = ev.TrajectoryLogged(
+        trajectory="g77-dev-0000-n0", evaluation="g77-dev", example="e", position=0, sample=0, answer="7", error=None,
+        prompt_tokens=1, output_tokens=1, measured=Measured(),
+    )  # fmt: skip
+    return Draft(subject=subjects.trajectory_logged("small", "g77-dev-0000-n0"), step=77, data=data)
+
+
+async def letters(log: MemoryLog) -> list[DeadLetter]:
+    return await log.letters.list("small")
+
+
+async def test_a_poison_event_gets_one_dead_letter_and_the_run_ends_as_without_it(
+    make_view: Make, started_log: MemoryLog
+) -> None:
+    clean = MemoryLog()
+    async for event in started_log.read("bascule.small.>"):
+        await clean.append([_new(event)])
+    await serve(make_view(clean), list(SERVICES.values()))
+    await make_view(started_log).append("rollout", [orphan()])
+    view = make_view(started_log)
+    await serve(view, list(SERVICES.values()))
+    (found,) = await letters(started_log)
+    assert (found.service, found.subject, found.dead) == ("verifier", orphan().subject, True)
+    assert "KeyError" in found.error
+    assert isinstance(view.state.end, ev.RunCompleted)
+    hashes = [decision_hash([e async for e in log.read("bascule.small.>")]) for log in (clean, started_log)]
+    assert hashes[0] == hashes[1]
+
+
+async def test_a_dead_letter_is_not_touched_again_until_somebody_asks(make_view: Make, started_log: MemoryLog) -> None:
+    await make_view(started_log).append("rollout", [orphan()])
+    await serve(make_view(started_log), list(SERVICES.values()))
+    (first,) = await letters(started_log)
+    ablation = ev.AblationRequested(name="constant", arm="constant-engine", generation=0, answer="9")
+    draft = Draft(subject=subjects.ablation_requested("small", "constant"), step=0, data=ablation)
+    await make_view(started_log).append("cli", [draft])
+    await serve(make_view(started_log), list(SERVICES.values()))  # everything is delivered again
+    assert await letters(started_log) == [first]
+    await started_log.letters.retry(first)
+    assert [(found.dead, found.retries) for found in await letters(started_log)] == [(False, 1)]
+
+
+class Moody:
+    """Scores as the real process does, except for one trajectory as long as ``broken`` is set."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        self.broken = True
+
+    def __call__(self, task: str, params: dict[str, Any]) -> Moody:
+        self._scorer = Scorer(task, params)
+        return self
+
+    async def __aenter__(self) -> Moody:
+        await self._scorer.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._scorer.close()
+
+    async def score(self, split: ev.Split, example: str, answer: str | None) -> Verdict:
+        if self.broken and split == "dev":
+            raise self.error
+        return await self._scorer.score(split, example, answer)
+
+
+def services(scoring: Moody) -> list[Service]:
+    verify = Service(verifier.NAME, verifier.decide, lambda: verifier.Verifier(scoring))
+    return [verify if s.name == verifier.NAME else s for s in SERVICES.values()]
+
+
+async def test_a_run_that_waits_for_dead_letters_alone_stops_and_goes_on_after_a_retry(
+    make_view: Make, started_log: MemoryLog
+) -> None:
+    moody = Moody(ValueError("a bad mood"))
+    with pytest.raises(ExceptionGroup) as caught:
+        await serve(make_view(started_log), services(moody))
+    stopped = _leaf(caught.value)
+    assert isinstance(stopped, work.DeadLettered)
+    assert "g00-dev" in str(stopped)
+    assert "a bad mood" in str(stopped)
+    assert len(await letters(started_log)) == 20
+    moody.broken = False
+    for letter in await letters(started_log):
+        await started_log.letters.retry(letter)
+    view = make_view(started_log)
+    await serve(view, services(moody))
+    assert isinstance(view.state.end, ev.RunCompleted)
+    assert not any(letter.dead for letter in await letters(started_log))
+
+
+async def test_a_retry_reaches_a_service_that_runs(make_view: Make, started_log: MemoryLog) -> None:
+    view = make_view(started_log)
+    await view.append("rollout", [orphan()])
+    task = asyncio.create_task(serve(view, [SERVICES["verifier"]]))
+    while not await letters(started_log):
+        await asyncio.sleep(0)
+    await started_log.letters.retry((await letters(started_log))[0])
+    while [(found.dead, found.retries) for found in await letters(started_log)] != [(True, 1)]:
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+
+
+async def test_what_is_wrong_around_an_event_ends_the_service_instead(make_view: Make, started_log: MemoryLog) -> None:
+    with pytest.raises(ExceptionGroup) as caught:
+        await serve(make_view(started_log), services(Moody(ScoringError("The scoring process is gone."))))
+    assert isinstance(_leaf(caught.value), ScoringError)
+    assert await letters(started_log) == []
+
+
+def _leaf(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _new(event: Recorded) -> NewEvent:
+    return NewEvent(subject=event.subject, payload=event.payload)
