@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 from bascule.plugins.algorithm import Algorithm
 from bascule.plugins.engine import EngineFactory
 from bascule.plugins.policy import Author, Policy
+from bascule.plugins.redactor import Redactor
 from bascule.plugins.task import TaskFactory
 from bascule.schemas.errors import ConfigError, PluginError
 
@@ -67,10 +68,11 @@ class Registry:
         self.policies: Kind[Callable[[dict[str, Any]], Policy]] = Kind("policy")
         self.authors: Kind[Callable[[dict[str, Any]], Author]] = Kind("author")
         self.engines: Kind[EngineFactory] = Kind("engine")
+        self.redactors: Kind[Redactor] = Kind("redactor")
 
     @property
     def kinds(self) -> tuple[Kind[Any], ...]:
-        return (self.algorithms, self.tasks, self.policies, self.authors, self.engines)
+        return (self.algorithms, self.tasks, self.policies, self.authors, self.engines, self.redactors)
 
     def algorithm(self, item: Algorithm) -> None:
         self.algorithms.add(item.name, item, owner=self.owner, version=item.version)
@@ -86,3 +88,6 @@ class Registry:
 
     def engine(self, name: str, factory: EngineFactory, *, version: str) -> None:
         self.engines.add(name, factory, owner=self.owner, version=version)
+
+    def redactor(self, item: Redactor) -> None:
+        self.redactors.add(item.name, item, owner=self.owner, version=item.version)
