@@ -99,3 +99,20 @@ def test_the_fence_of_a_training_job_covers_what_the_job_writes(run: str, g: int
     ):
         assert subject.startswith(prefix)
     assert not subjects.train_outcome(run, g + 1).startswith(prefix)
+
+
+@given(tokens, st.text(max_size=40) | st.text("abcdefghijklmnopqrstuvwxyz234567", min_size=32, max_size=32))
+def test_an_event_has_its_own_id_and_no_other(id_: str, other: str) -> None:
+    subject = subjects.subject("r1", "traj", id_, "logged")
+    assert subjects.is_event_id(subjects.event_id(subject), subject)
+    assert subjects.is_event_id(other, subject) == (other == subjects.event_id(subject))
+
+
+@pytest.mark.parametrize("change", ["upper", "0", "1", "8", "9", "_", " ", "\n", "+", "-", "é", "shorter", "longer"])
+def test_nothing_that_reads_as_the_same_number_is_an_id(change: str) -> None:
+    # As digits to the base of 32, these would be leading zeros, separators, signs or spaces.
+    subject = next(s for i in range(10_000) if subjects.event_id(s := f"bascule.r1.run.pause-{i:03d}.paused")[0] == "a")
+    right = subjects.event_id(subject)
+    wrong = {"upper": right.upper(), "shorter": right[1:], "longer": "a" + right}.get(change, change + right[1:])
+    assert subjects.is_event_id(right, subject)
+    assert not subjects.is_event_id(wrong, subject)
