@@ -1,8 +1,9 @@
 """The state of a run: a fold of its events. One struct per aggregate, one ``apply``.
 
-The fold reads no clock and calls nothing. An event that changes nothing is ignored, so duplicates are harmless, and so is
-one that belongs to nothing. What is left to do is computed from the state, never remembered elsewhere. What no decision
-can need any more is forgotten: the state is bounded by the generations and the episodes under way, not by the log.
+The fold reads no clock and calls nothing. An event that changes nothing is ignored, so duplicates are harmless, and so
+is one that belongs to nothing. What is left to do is computed from the state, never remembered elsewhere. What no
+decision can need any more is forgotten: the state is bounded by the generations and the episodes under way, not by
+the log.
 """
 
 from __future__ import annotations

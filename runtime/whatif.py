@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from bascule.plugins.loader import Plugins
+from bascule.plugins.policy import CallModel, CallTool
 from bascule.runtime.blob_care import refs_of
 from bascule.runtime.log.chain import Chain
 from bascule.runtime.log.protocol import NewEvent
@@ -210,10 +211,10 @@ class _Forker:
                 return adapter in self.state.adapters and self.state.adapters[adapter].sha256 == sha256
             case ev.ModelCalled(session=session, ordinal=ordinal, request=asked):
                 wanted = pending(self.state, self.world)
-                return wanted is not None and wanted[:2] == (session, ordinal) and asked == _request(wanted[2])
+                return wanted is not None and wanted[:2] == (session, ordinal) and asked == self._request(wanted[2])
             case ev.ToolCalled(session=session, ordinal=ordinal, arguments=asked):
                 wanted = pending(self.state, self.world)
-                return wanted is not None and wanted[:2] == (session, ordinal) and asked == _request(wanted[2])
+                return wanted is not None and wanted[:2] == (session, ordinal) and asked == self._request(wanted[2])
             case ev.TrainStarted(generation=generation) | ev.TrainFailed(generation=generation):
                 if not self._equal(subjects.train_requested(self.parent, generation)):
                     return False
@@ -224,6 +225,10 @@ class _Forker:
                 pass
         cause = self._parent_by_id.get(event.envelope.causationid or "")
         return cause is not None and self._equal(cause.subject)
+
+    def _request(self, call: CallModel | CallTool) -> dict[str, Any]:
+        """What is asked, as it would be recorded."""
+        return self._redaction.value(call.request if isinstance(call, CallModel) else call.arguments)
 
     def _equal(self, subject: str) -> bool:
         """Whether the fork holds, under its own name, what the other run holds under ``subject``."""
@@ -251,10 +256,6 @@ class _Forker:
         self._decided = [(s, d) for s, d in self._decided if d.subject != subject]
         for service, decide in DECIDE.items():
             self._decided += [(service, d) for d in decide(self.state, event, self.world)]
-
-
-def _request(call: Any) -> dict[str, Any]:
-    return dict(call.request if hasattr(call, "request") else call.arguments)
 
 
 def first_effect(state: RunState, world: World) -> str:

@@ -115,6 +115,7 @@ class World:
             ("engine", c.engine.name),
         ]
         wanted += [("algorithm", a.name) for a in self.algorithms]
+        wanted += [("redactor", name) for name in sorted(self.plugins.registry.redactors.items)]
         bascule = PluginPin(
             kind="runtime", name="bascule", version=version("bascule"), distribution="bascule", hash=code_hash()
         )

@@ -41,8 +41,8 @@ def whatif(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """What would have been decided otherwise: a new run, forked from an old one, that stops at the first effect which the
-    old one's log does not hold. The old run stays as it is."""
+    """What would have been decided otherwise: a new run, forked from an old one, that stops at the first effect which
+    the old one's log does not hold. The old run stays as it is."""
     from bascule.runtime.cli import launch
     from bascule.runtime.cli.store import home_folder, open_store
 

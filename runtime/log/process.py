@@ -58,6 +58,7 @@ def spawn(argv: list[str], cwd: Path, lock: int) -> subprocess.Popen[bytes]:
     """
     started: list[subprocess.Popen[bytes] | OSError] = []
     ready = threading.Event()
+    prepare = _die_with(os.getpid())
 
     def run() -> None:
         try:
@@ -69,7 +70,7 @@ def spawn(argv: list[str], cwd: Path, lock: int) -> subprocess.Popen[bytes]:
                 stderr=subprocess.DEVNULL,
                 pass_fds=(lock,),
                 start_new_session=True,  # Ctrl-C is for us; we then stop the server after the last append
-                preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509
+                preexec_fn=prepare,  # noqa: PLW1509
             )
         except OSError as e:
             started.append(e)
@@ -110,4 +111,4 @@ def _memory_limit() -> tuple[int, int]:
     """
     half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    return half if soft == resource.RLIM_INFINITY else min(half, soft), hard
+    return min(n for n in (half, soft, hard) if n != resource.RLIM_INFINITY), hard

@@ -9,7 +9,6 @@ from bascule.plugins.policy import (
     CallModel,
     CallResult,
     CallTool,
-    HarnessEdit,
     NoEdit,
     Performer,
     PolicyInput,
@@ -97,6 +96,10 @@ def policy_session(generation: int) -> str:
 
 def author_session(generation: int) -> str:
     return f"g{generation:02d}-author"
+
+
+def _generation(session: str) -> int:
+    return int(session[1:].partition("-")[0])
 
 
 def _after_call(state: RunState, world: World, data: CallResult, cause: str) -> list[Draft]:
@@ -341,7 +344,7 @@ class Feedback:
             )
         draft = Draft(
             subject=subjects.call_outcome(view.run, session, ordinal),
-            step=int(session[1:].split("-")[0]),
+            step=_generation(session),
             data=data,
             cause=_asked_by(view.state, session, ordinal),
         )
@@ -351,7 +354,7 @@ class Feedback:
 
 def _asked_by(state: RunState, session: str, ordinal: int) -> str:
     """Id of the event upon which the machine asked."""
-    run, generation = state.run, int(session[1:].split("-")[0])
+    run, generation = state.run, _generation(session)
     if ordinal:
         return subjects.event_id(subjects.call_outcome(run, session, ordinal - 1))
     if session == author_session(generation):
