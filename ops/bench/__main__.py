@@ -7,7 +7,7 @@ import importlib
 
 from ops.bench.report import show
 
-BENCHES = ("engine", "loop")
+BENCHES = ("engine", "log", "loop")
 
 
 def main() -> None:

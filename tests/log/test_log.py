@@ -17,10 +17,11 @@ import pytest
 from nats.js.api import StreamConfig
 
 from bascule.runtime.log.memory import MemoryLog
-from bascule.runtime.log.nats import STREAM, NatsLog, stream_config
+from bascule.runtime.log.nats import NatsLog
 from bascule.runtime.log.protocol import EventLog, Fence, NewEvent
 from bascule.runtime.log.rules import matches
 from bascule.runtime.log.server import EmbeddedServer, find_binary
+from bascule.runtime.log.streams import STREAM, stream_config
 from bascule.schemas import subjects
 from bascule.schemas.codec import encode
 from bascule.schemas.envelope import Draft, Producer, Recorded
@@ -461,7 +462,7 @@ async def test_the_first_write_wins_long_after_the_server_has_forgotten_its_id(
 
 
 async def test_a_wrong_password_is_refused_as_such(server: EmbeddedServer) -> None:
-    with pytest.raises(LogError, match="refuses the user bascule"):
+    with pytest.raises(LogError, match="refuses the user admin"):
         await NatsLog.connect(server.url, user=server.user, password="wrong")
 
 
