@@ -6,7 +6,7 @@ ARGS ?=
 BIN := .venv/bin
 PACKAGES := $(addprefix build/src/bascule/,schemas plugins trainers verifiers runtime)
 
-.PHONY: run test check format nightly clean
+.PHONY: run test check format nightly faults clean
 
 run: .venv/run.stamp
 	$(BIN)/bascule run --task arith --seed $(SEED) $(ARGS)
@@ -27,6 +27,10 @@ format: .venv/dev.stamp
 
 nightly: .venv/dev.stamp
 	$(BIN)/python -m pytest -m nightly -s
+	$(BIN)/python -m tests.simulation --schedules 100000
+
+faults: .venv/dev.stamp
+	$(BIN)/python -m tests.faults --seed $(SEED) $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
