@@ -111,7 +111,7 @@ class NatsLog:
             if fence is not None:
                 # The fence takes the place of the check on the event's own subject. An event stored there before
                 # the fence's sequence must be seen here; a later one moves the fence's filter.
-                there = adopted(mine, [await self._newest_at_leader(mine[0].subject)], unconfirmed=unconfirmed)
+                there = adopted(mine, [_decoded(await self._newest_at_leader(mine[0].subject))], unconfirmed=unconfirmed)
                 if there is not None:
                     return there
             before, unconfirmed = unconfirmed, True
@@ -124,7 +124,7 @@ class NatsLog:
             if error is not None and error["err_code"] not in (*_WRONG_SEQUENCE, _DUPLICATE_IN_BATCH):
                 _raise_if_final(error, mine)
                 return None
-            there = adopted(mine, [await self._newest(m.subject) for m in mine], unconfirmed=unconfirmed)
+            there = adopted(mine, [_decoded(await self._newest(m.subject)) for m in mine], unconfirmed=unconfirmed)
             if there is None and fence is not None:
                 newest = await self._newest_at_leader(fence.filter)
                 if (newest.seq if newest else 0) != fence.seq:
@@ -134,7 +134,7 @@ class NatsLog:
         return await self._link.persist(f"Appending {_described(mine)}", attempt)
 
     async def get(self, subject: str) -> Recorded | None:
-        return await self._look_up(subject)
+        return _decoded(await self._look_up(subject))
 
     async def head(self, filter: str) -> int:  # noqa: A002
         newest = await self._look_up(filter)
@@ -213,13 +213,13 @@ class NatsLog:
         reply = await self._link.request(subjects[-1], mine[-1].payload, headers=headers, also=subjects[:-1])
         return msgspec.json.decode(reply.data, type=dict[str, Any])
 
-    async def _look_up(self, filter_: str) -> Recorded | None:
-        async def attempt() -> list[Recorded | None]:
+    async def _look_up(self, filter_: str) -> Raw | None:
+        async def attempt() -> list[Raw | None]:
             return [await self._newest(filter_)]
 
         return (await self._link.persist(f"Reading {filter_}", attempt))[0]
 
-    async def _newest(self, filter_: str) -> Recorded | None:
+    async def _newest(self, filter_: str) -> Raw | None:
         """The newest event under ``filter_`` by direct get: a replica may answer, and lag."""
         request = msgspec.json.encode({"last_by_subj": filter_})
         msg = await self._link.request(f"$JS.API.DIRECT.GET.{STREAM}", request)
@@ -228,9 +228,9 @@ class NatsLog:
             return None
         if status is not None or msg.headers is None:
             raise LogError(f"Reading {filter_} was refused: {msg.headers}.")
-        return decode(int(msg.headers["Nats-Sequence"]), msg.headers["Nats-Subject"], msg.data)
+        return Raw(seq=int(msg.headers["Nats-Sequence"]), subject=msg.headers["Nats-Subject"], payload=msg.data)
 
-    async def _newest_at_leader(self, filter_: str) -> Recorded | None:
+    async def _newest_at_leader(self, filter_: str) -> Raw | None:
         """The same from the stream's leader, which has seen every acknowledged append."""
         answer = await self._link.api(f"STREAM.MSG.GET.{STREAM}", {"last_by_subj": filter_})
         if "error" in answer:
@@ -238,7 +238,8 @@ class NatsLog:
                 return None
             raise LogError(f"Reading {filter_} was refused: {answer['error']['description']}.")
         message = answer["message"]
-        return decode(message["seq"], message["subject"], base64.b64decode(message.get("data", "")))
+        payload = base64.b64decode(message.get("data", ""))
+        return Raw(seq=message["seq"], subject=message["subject"], payload=payload)
 
     async def _make_feed(self, name: str, filter_: str, start: int) -> None:
         async def attempt() -> bool | None:
@@ -258,6 +259,10 @@ def _raise_if_final(error: dict[str, Any], mine: Sequence[Recorded]) -> None:
         )
     if error["code"] < 500 and error["err_code"] != _BATCH_INCOMPLETE:
         raise LogError(f"The log refused {_described(mine)}: {error['description']} ({error['err_code']}).")
+
+
+def _decoded(raw: Raw | None) -> Recorded | None:
+    return None if raw is None else decode(raw.seq, raw.subject, raw.payload)
 
 
 def _described(mine: Sequence[Recorded]) -> str:
