@@ -78,6 +78,11 @@ def refs_of(data: msgspec.Struct) -> Iterator[BlobRef]:
                 yield found
 
 
+def lasting(data: msgspec.Struct) -> Iterator[BlobRef]:
+    """Those that are kept for good: all but a checkpoint's, whose last is published."""
+    return iter(()) if isinstance(data, AdapterCheckpointed) else refs_of(data)
+
+
 def names(events: Iterable[Recorded]) -> Names:
     found = Names()
     for event in events:

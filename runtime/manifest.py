@@ -12,7 +12,7 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
-from bascule.runtime.verify import blobs_of
+from bascule.runtime.blob_care import refs_of
 from bascule.schemas.envelope import Recorded
 from bascule.schemas.errors import Corrupt, SchemaError
 from bascule.schemas.events import AdapterCheckpointed, BlobErased, BlobRef
@@ -124,12 +124,12 @@ class NamedBlobs:
 
     def add(self, event: Recorded) -> None:
         match event.data:
-            case AdapterCheckpointed(files=files, state=state):
-                self._name(self.passing, (*files.values(), state))
+            case AdapterCheckpointed():
+                self._name(self.passing, refs_of(event.data))
             case BlobErased(sha256=sha256):
                 self.erased.add(sha256)
             case _:
-                self._name(self.kept, blobs_of(event))
+                self._name(self.kept, refs_of(event.data))
 
     @property
     def all(self) -> dict[str, BlobRef]:

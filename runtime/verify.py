@@ -8,6 +8,7 @@ from typing import Final
 
 import msgspec
 
+from bascule.runtime.blob_care import lasting
 from bascule.runtime.log.anchor import Anchor, Anchored, Head
 from bascule.runtime.log.blobs import Blobs
 from bascule.runtime.log.chain import START, link
@@ -17,7 +18,7 @@ from bascule.runtime.log.protocol import EventLog
 from bascule.schemas.codec import decode
 from bascule.schemas.envelope import Recorded, Unknown
 from bascule.schemas.errors import BasculeError, Corrupt, NotFound, SchemaError
-from bascule.schemas.events import AdapterPublished, BlobErased, BlobRef, LogCheckpointed, TrajectoryLogged
+from bascule.schemas.events import BlobErased, LogCheckpointed
 from bascule.schemas.subjects import event_id, id_digest
 
 #: How many heads are kept for a checkpoint that is yet to come; a notary is never that late.
@@ -61,17 +62,6 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True):
     erased: int
     accepted: tuple[str, ...]
     faults: tuple[Fault, ...]
-
-
-def blobs_of(event: Recorded) -> list[BlobRef]:
-    """The blobs that an event names and that are kept for good; checkpoints are not, their last is published."""
-    match event.data:
-        case TrajectoryLogged(blob=BlobRef() as blob):
-            return [blob]
-        case AdapterPublished(files=files):
-            return list(files.values())
-        case _:
-            return []
 
 
 class Checker:
@@ -273,7 +263,7 @@ class _BlobCare:
     async def add(self, event: Recorded) -> None:
         if isinstance(event.data, BlobErased):
             self._erased.add(event.data.sha256)
-        for ref in blobs_of(event):
+        for ref in lasting(event.data):
             try:
                 await self._blobs.get(ref)
             except BasculeError as e:

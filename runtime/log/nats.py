@@ -111,7 +111,9 @@ class NatsLog:
             if fence is not None:
                 # The fence takes the place of the check on the event's own subject. An event stored there before
                 # the fence's sequence must be seen here; a later one moves the fence's filter.
-                there = adopted(mine, [_decoded(await self._newest_at_leader(mine[0].subject))], unconfirmed=unconfirmed)
+                there = adopted(
+                    mine, [_decoded(await self._newest_at_leader(mine[0].subject))], unconfirmed=unconfirmed
+                )
                 if there is not None:
                     return there
             before, unconfirmed = unconfirmed, True
