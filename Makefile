@@ -28,6 +28,7 @@ format: .venv/dev.stamp
 nightly: .venv/dev.stamp
 	$(BIN)/python -m pytest -m nightly -s
 	$(BIN)/python -m tests.simulation --schedules 100000
+	$(BIN)/python -m tests.faults --seed 3
 
 faults: .venv/dev.stamp
 	$(BIN)/python -m tests.faults --seed $(SEED) $(ARGS)

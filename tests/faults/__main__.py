@@ -34,6 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer of each")
     options = parser.parse_args(arguments)
     chosen = [f for f in FAULTS if options.only is None or f.name in options.only]
+    chosen = [f for f in chosen if f.quick or not options.quick]
     rows = [played(fault, seed=options.seed, quick=options.quick) for fault in chosen]
     # Wide, so that no cell is cut where the output is no terminal.
     Console(width=160, highlight=False).print(table(rows))

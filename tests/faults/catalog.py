@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from tests.faults.corruption import corrupt_store
 from tests.faults.disk import fill_disk, fill_store
+from tests.faults.endless import run_on
 from tests.faults.fault import Fault
+from tests.faults.kills import kill_services
 from tests.faults.network import disturb_network
 from tests.faults.power import lose_power
 from tests.faults.redelivery import redeliver_work
 from tests.faults.server_kill import kill_server
 from tests.faults.stale_writer import wake_stale_writer
+from tests.faults.whole_runs import (
+    disturb_deliveries,
+    fill_disk_of_run,
+    kill_server_of_run,
+    pause_services,
+    poison_run,
+    skew_clocks,
+)
 
 #: Faults of the log itself.
 LOG = (
@@ -66,6 +76,63 @@ LOG = (
 )
 
 #: Faults of whole runs, which also compare the runs' decisions.
-RUNS: tuple[Fault, ...] = ()
+RUNS = (
+    Fault(
+        name="run-kills",
+        does="SIGKILL of every service and command before, in and after the append of every type of event, in two runs",
+        inject=kill_services,
+        full=1000,
+        quick=3,
+    ),
+    Fault(
+        name="run-pauses",
+        does="a trainer, rollout, verifier and feedback paused in their work, which a second one does, and woken",
+        inject=pause_services,
+        full=4,
+        quick=1,
+    ),
+    Fault(
+        name="run-server-kill",
+        does="SIGKILL of the server during a run of five services, and its restart",
+        inject=kill_server_of_run,
+        full=5,
+        quick=0,
+    ),
+    Fault(
+        name="run-clocks",
+        does="services whose clocks are a day ahead or behind",
+        inject=skew_clocks,
+        full=2,
+        quick=0,
+    ),
+    Fault(
+        name="run-deliveries",
+        does="work that is handed out late, twice and in any order, to two rollouts and two verifiers",
+        inject=disturb_deliveries,
+        full=2,
+        quick=0,
+    ),
+    Fault(
+        name="run-poison",
+        does="an event with which no verifier can do anything",
+        inject=poison_run,
+        full=1,
+        quick=1,
+    ),
+    Fault(
+        name="run-disk-full",
+        does="a run on a disk that is full, and grows",
+        inject=fill_disk_of_run,
+        full=1,
+        quick=0,
+    ),
+    Fault(
+        name="run-endless",
+        does="300 generations: the memory of the serving process, replay, status and verify",
+        inject=run_on,
+        full=300,
+        quick=0,
+    ),
+)
 
 FAULTS = (*LOG, *RUNS)

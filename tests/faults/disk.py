@@ -32,7 +32,7 @@ async def fill_disk(setting: Setting) -> Outcome:
     """Append until a small file system is full, grow it, restart the server, and go on."""
     writer, disk, size = _Writer(), setting.folder / "disk", 4 * _MEBIBYTE
     disk.mkdir()
-    if not await _ran("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)):
+    if not await ran("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)):
         return Outcome(injected=0, skipped="a tmpfs cannot be mounted: not root")
     try:
         async with serving(disk / "home") as server:
@@ -40,13 +40,13 @@ async def fill_disk(setting: Setting) -> Outcome:
                 async with connected(server, deadline=1.0) as log:
                     setting.say(f"{size} bytes of disk: {await writer.fill(log)}")
                 size += 2 * _MEBIBYTE
-                await _ran("mount", "-o", f"remount,size={size}", str(disk))
+                await ran("mount", "-o", f"remount,size={size}", str(disk))
                 # A nats-server that failed to write stores nothing more until it is restarted.
                 await asyncio.to_thread(server.restart)
             async with connected(server) as log:
                 return await writer.outcome(log, setting.count)
     finally:
-        await _ran("umount", str(disk))
+        await ran("umount", str(disk))
 
 
 class _Writer:
@@ -89,7 +89,7 @@ class _Writer:
         self._next += 1
 
 
-async def _ran(*command: str) -> bool:
+async def ran(*command: str) -> bool:
     """Whether a command ends with 0."""
     process = await asyncio.create_subprocess_exec(
         *command, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL

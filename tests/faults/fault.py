@@ -67,7 +67,7 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         does: what is injected, and under which load.
         inject: injects ``count`` of them into a system of its own and checks the promises.
-        full, quick: how many in a whole and in a quick round.
+        full, quick: how many in a whole and in a quick round; 0 leaves it out of quick ones.
     """
 
     name: str
