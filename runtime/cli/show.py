@@ -16,6 +16,10 @@ from bascule.schemas.events import LeverChosen
 from bascule.schemas.landscape import Interval
 
 
+#: Links of the chain of causes that people are shown.
+_CAUSES = 7
+
+
 def _table(title: str | None = None) -> Table:
     return Table(title=title, box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
 
@@ -82,11 +86,10 @@ def show_explanation(found: Explanation, console: Console) -> None:
         _show_choice(found, found.chosen, console)
     tree = Tree(f"{found.type}: {found.subject} (sequence {found.seq})")
     branch = tree
-    for cause in found.causes:
+    for cause in found.causes[:_CAUSES]:
         branch = branch.add(f"because of {cause.type}: {cause.subject} (sequence {cause.seq})")
-        if cause.type == "bascule.lever.chosen":
-            branch.add("... and so on, back to the start of the run; --json has all of it")
-            break
+    if len(found.causes) > _CAUSES:
+        branch.add(f"and {len(found.causes) - _CAUSES} more, back to the start of the run; --json has all of them")
     console.print(tree)
     console.print(f"written by {found.producer} at {found.time}", highlight=False)
     console.print("the run was pinned to: " + ", ".join(found.versions), highlight=False, soft_wrap=True)
