@@ -15,7 +15,6 @@ from bascule.runtime.report import RunReport
 from bascule.schemas.events import LeverChosen
 from bascule.schemas.landscape import Interval
 
-
 #: Links of the chain of causes that people are shown.
 _CAUSES = 7
 

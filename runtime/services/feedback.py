@@ -308,6 +308,11 @@ class Feedback:
         async for state in view.changes():
             while (asked := pending(state, view.world)) is not None:
                 session, ordinal, call = asked
+                # A process that was paused wakes up with an old state, while another one has had the answer.
+                there = await view.log.get(subjects.call_outcome(view.run, session, ordinal))
+                if there is not None:
+                    await view.until(lambda s: s.seq >= there.seq)  # noqa: B023
+                    continue
                 view.logger.info("call.started", session=session, ordinal=ordinal)
                 await self._perform(view, session, ordinal, call)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -173,6 +173,45 @@ async def test_a_service_stopped_at_every_call_repeats_none_that_was_recorded(
     recorded = [e for e in events if isinstance(e.data, ev.ModelCalled | ev.ToolCalled)]
     assert len(recorded) == len(ASKED)
     assert decision_hash(events)
+
+
+class Behind:
+    """A log that a process sees only up to an event, until it looks up or appends anything: it was paused there."""
+
+    def __init__(self, log: MemoryLog, seq: int) -> None:
+        self._log = log
+        self._seq = seq
+        self._awake = asyncio.Event()
+
+    async def head(self, filter_: str) -> int:
+        return min(self._seq, await self._log.head(filter_))
+
+    async def follow(self, filter_: str, *, after: int = 0) -> AsyncIterator[Recorded]:
+        async for event in self._log.follow(filter_, after=after):
+            if event.seq > self._seq:
+                await self._awake.wait()
+            yield event
+
+    async def get(self, subject: str) -> Recorded | None:
+        self._awake.set()
+        return await self._log.get(subject)
+
+    async def append(self, *args: Any, **options: Any) -> list[Recorded]:
+        self._awake.set()
+        return await self._log.append(*args, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._log, name)
+
+
+async def test_a_process_that_wakes_up_behind_the_log_makes_no_call_that_another_has_recorded(
+    endpoint: Endpoint, make_view: Callable[[Any], View], started_log: MemoryLog
+) -> None:
+    events = await finish(make_view, started_log)
+    first = next(e.seq for e in events if isinstance(e.data, ev.ModelCalled))
+    async with asyncio.timeout(30):
+        await serve(make_view(Behind(started_log, first - 1)), [SERVICES["feedback"]])
+    assert endpoint.asked == ASKED
 
 
 def test_a_plugin_that_asks_without_an_endpoint_is_told_apart() -> None:
