@@ -119,7 +119,8 @@ class Replayer:
                 subject=event.subject, seq=event.seq, path="", recorded=event.envelope.type, replayed=None
             )
         else:
-            found = _compare(event, draft)
+            assert self._world is not None
+            found = _compare(event, msgspec.structs.replace(draft, data=self._world.redaction.value(draft.data)))
         if found:
             self._differences.append(found)
 

@@ -30,7 +30,7 @@ from bascule.runtime.notary import notarised
 from bascule.runtime.redaction import Redaction
 from bascule.runtime.state import RunState
 from bascule.runtime.world import World, world_of
-from bascule.schemas import codec
+from bascule.schemas import codec, subjects
 from bascule.schemas.envelope import Draft, Producer, Recorded
 from bascule.schemas.errors import BasculeError, NotFound
 from bascule.schemas.events import RunForked, RunStarted
@@ -120,7 +120,7 @@ class View:
             PluginError: a redactor failed, and so nothing was appended.
         """
         now = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-        producer = self._producer(service)
+        producer, start = self._producer(service), subjects.run_started(self.run)
         new = [
             NewEvent(
                 subject=d.subject,
@@ -129,7 +129,7 @@ class View:
                     run=self.run,
                     producer=producer,
                     time=now,
-                    root=self.state.root,
+                    root=None if d.subject == start else subjects.event_id(start),
                 ),
             )
             for d in drafts

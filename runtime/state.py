@@ -137,7 +137,7 @@ class RunState(msgspec.Struct, kw_only=True):
     Attributes:
         started: the run's start with the configuration and the pins that are in force.
         calls: results of the calls of policies and authors whose decision is still open, by session.
-        fork: set if the run is a what-if, once it has left the run that it repeats.
+        forks: how often the run, or what it repeats, was forked.
         runtimes: how often other code was accepted.
     """
 
@@ -152,7 +152,7 @@ class RunState(msgspec.Struct, kw_only=True):
     served: set[str] = set()
     calls: dict[str, list[CallResult]] = {}
     ablations: dict[str, ev.AblationRequested] = {}
-    fork: ev.RunForked | None = None
+    forks: int = 0
     runtimes: int = 0
     pauses: int = 0
     paused: str | None = None
@@ -271,8 +271,9 @@ class RunState(msgspec.Struct, kw_only=True):
                 "adapters": self.adapters,
                 "served": sorted(self.served),
                 "calls": self.calls,
-                "fork": self.fork,
+                "forks": self.forks,
                 "runtimes": self.runtimes,
+                "pauses": self.pauses,
                 "ablations": self.ablations,
                 "paused": self.paused,
                 "end": self.end,
@@ -325,13 +326,13 @@ class RunState(msgspec.Struct, kw_only=True):
             case ev.RunResumed():
                 self.paused = None
             case ev.RunForked() if self.started is not None:
-                self.fork = data
+                self.forks += 1
                 self.started = msgspec.structs.replace(self.started, config=data.config, plugins=data.plugins)
             case ev.RuntimeChanged() if self.started is not None:
                 self.runtimes += 1
                 self.started = msgspec.structs.replace(self.started, plugins=data.plugins)
             case ev.RunCompleted() | ev.RunFailed() | ev.RunCancelled():
-                self.end = data
+                self.end, self.paused = data, None
             case _:
                 pass
 

@@ -97,9 +97,10 @@ def whatif(
         plugins=World(plugins, config).pins(),
         changes=changes,
     )
-    forker.command(forked, subjects.run_forked(name))
+    forker.command(forked, subjects.run_forked(name, forker.state.forks + 1))
     forker.copy(trigger)
     forker.go_on([e for e in events if e.seq > trigger.seq])
+    forker.erase([e for e in events if e.seq > trigger.seq])
     state = forker.state
     decided = state.steps[step].lever if step in state.steps else None
     return Fork(
@@ -128,7 +129,7 @@ def _choice(events: Sequence[Recorded], step: int) -> tuple[ev.LeverChosen, Reco
 
 def _check(old: RunConfig, new: RunConfig) -> None:
     """Everything recorded before the fork was drawn, asked and answered under these."""
-    for field in ("task", "model", "seed", "evaluation", "shard_size"):
+    for field in ("task", "model", "engine", "seed", "evaluation", "shard_size"):
         if getattr(old, field) != getattr(new, field):
             raise ConfigError(
                 f"A what-if keeps the run's {field}: the log's episodes were made under it.",
@@ -203,6 +204,12 @@ class _Forker:
                     if self._decided:
                         break
             rest = [e for e in rest if self._moved(e.subject) not in self._by_subject]
+
+    def erase(self, rest: list[Recorded]) -> None:
+        """Repeat what became of the blobs that the fork names."""
+        for event in rest:
+            if isinstance(event.data, ev.BlobErased) and event.data.sha256 in self.blobs:
+                self.copy(event)
 
     def _same_effect(self, event: Recorded) -> bool:
         """Whether the fork asks for just the effect that this outcome of the other run came from."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import traceback
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
@@ -50,7 +50,7 @@ async def work_off(view: View, service: str, pattern: str, handle: Handle, *, sl
         DeadLettered: nothing is left but what cannot be done.
     """
     worker = _Worker(view, service, handle)
-    await worker.load()
+    again = await worker.look()
     queue = await view.writer(service).work(view.run, service, [pattern], fresh=view.fresh)
     running: set[asyncio.Task[None]] = set()
     try:
@@ -61,6 +61,8 @@ async def work_off(view: View, service: str, pattern: str, handle: Handle, *, sl
                 running.add(task)
                 task.add_done_callback(running.discard)
 
+            for event in again:
+                begin(worker.event(event))
             while True:
                 while len(running) >= slots:
                     await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -68,7 +70,7 @@ async def work_off(view: View, service: str, pattern: str, handle: Handle, *, sl
                 for item in items:
                     begin(worker.item(item))
                 if not items:
-                    for event in await worker.revived():
+                    for event in await worker.look():
                         begin(worker.event(event))
                     if not running:
                         worker.check()
@@ -77,23 +79,19 @@ async def work_off(view: View, service: str, pattern: str, handle: Handle, *, sl
 
 
 class _Worker:
+    """Handles events, and keeps an eye on what any worker of the run has given up on."""
+
     def __init__(self, view: View, service: str, handle: Handle) -> None:
         self._view = view
         self._service = service
         self._handle = handle
-        self._dead: dict[int, tuple[DeadLetter, Recorded]] = {}
-
-    async def load(self) -> None:
-        """Learn what was given up on before."""
-        for letter in await self._view.log.letters.list(self._view.run, self._service):
-            event = await self._view.log.get(letter.subject)
-            if letter.dead and event is not None:
-                self._dead[letter.seq] = letter, event
+        self._dead: dict[tuple[str, int], tuple[DeadLetter, Recorded]] = {}
+        self._retried: dict[int, int] = {}
 
     async def item(self, item: WorkItem) -> None:
         heartbeat = asyncio.create_task(_heartbeat(item))
         try:
-            if item.event.seq not in self._dead:
+            if (self._service, item.event.seq) not in self._dead:
                 await self.event(item.event)
         finally:
             heartbeat.cancel()
@@ -116,8 +114,6 @@ class _Worker:
                 return
 
     async def _bury(self, event: Recorded, error: Exception) -> None:
-        known = {found.seq: found for found in await self._view.log.letters.list(self._view.run, self._service)}
-        retries = known[event.seq].retries if event.seq in known else 0
         frames = "".join(f"{f.filename}:{f.name}" for f in traceback.extract_tb(error.__traceback__))
         letter = DeadLetter(
             run=self._view.run,
@@ -128,28 +124,39 @@ class _Worker:
             trace=hashlib.blake2b(frames.encode(), digest_size=8).hexdigest(),
             version=self._view.version(self._service),
             time=datetime.now(UTC).isoformat(timespec="seconds"),
-            retries=retries,
+            retries=self._retried.get(event.seq, 0),
         )
         await self._view.writer(self._service).letters.bury(letter)
-        self._dead[event.seq] = letter, event
+        self._dead[self._service, event.seq] = letter, event
         self._view.logger.error("work.dead", service=self._service, subject=event.subject, error=letter.error)
 
-    async def revived(self) -> list[Recorded]:
-        """Events that somebody asked to try again since the last look."""
-        if not self._dead:
-            return []
-        letters = await self._view.log.letters.list(self._view.run, self._service)
-        return [self._dead.pop(letter.seq)[1] for letter in letters if not letter.dead and letter.seq in self._dead]
+    async def look(self) -> list[Recorded]:
+        """Learn what the run's workers gave up on; the events of this service that somebody asked to try again."""
+        dead, again = {}, []
+        for letter in await self._view.log.letters.list(self._view.run):
+            key = letter.service, letter.seq
+            known = self._dead.get(key)
+            event = known[1] if known else await self._view.log.get(letter.subject)
+            if event is None:
+                continue
+            if letter.dead:
+                dead[key] = letter, event
+            elif letter.service == self._service and self._retried.get(letter.seq, 0) < letter.retries:
+                self._retried[letter.seq] = letter.retries
+                again.append(event)
+        self._dead = dead
+        return again
 
     def check(self) -> None:
-        """Raise if an evaluation waits for nothing but dead letters."""
-        for letter, event in self._dead.values():
-            if blocked(self._view.state, event, [e for _, e in self._dead.values()]):
-                raise DeadLettered(
-                    f"The run {self._view.run} cannot go on: {letter.subject} (sequence {letter.seq}) failed in "
-                    f"{self._service} {ATTEMPTS} times: {letter.error}.",
-                    next_step=f"Mend the cause, then `bascule dlq retry {self._view.run}` and go on with the run.",
-                )
+        """Raise if nothing that the run waits for can come."""
+        if not stuck(self._view.state, [event for _, event in self._dead.values()]):
+            return
+        letter = next(iter(self._dead.values()))[0]
+        raise DeadLettered(
+            f"The run {self._view.run} cannot go on: {letter.subject} (sequence {letter.seq}) failed in "
+            f"{letter.service} {ATTEMPTS} times: {letter.error}.",
+            next_step=f"Mend the cause, then `bascule dlq retry {self._view.run}` and go on with the run.",
+        )
 
 
 def ends_service(error: Exception) -> bool:
@@ -159,23 +166,24 @@ def ends_service(error: Exception) -> bool:
     )
 
 
-def blocked(state: RunState, event: Recorded, dead: list[Recorded]) -> bool:
-    """Whether the evaluation that ``event`` belongs to waits for nothing but the events in ``dead``."""
-    if not isinstance(event.data, EpisodesRequested | TrajectoryLogged):
-        return False
-    evaluation = state.evaluations.get(event.data.evaluation)
-    if evaluation is None or evaluation.completed is not None:
-        return False
-    given_up: set[tuple[int, int]] = set()
-    for other in dead:
-        match other.data:
+def stuck(state: RunState, dead: Sequence[Recorded]) -> bool:
+    """Whether every evaluation that the run waits for waits for nothing but the events in ``dead``."""
+    given_up: set[tuple[str, int, int]] = set()
+    for event in dead:
+        match event.data:
             case EpisodesRequested(evaluation=name, positions=positions, samples=samples):
-                given_up |= {(p, n) for p in positions for n in range(samples) if name == event.data.evaluation}
-            case TrajectoryLogged(evaluation=name, position=position, sample=sample) if name == event.data.evaluation:
-                given_up.add((position, sample))
+                given_up |= {(name, p, n) for p in positions for n in range(samples)}
+            case TrajectoryLogged(evaluation=name, position=position, sample=sample):
+                given_up.add((name, position, sample))
             case _:
                 pass
-    waiting = {key for key in evaluation.trajectories() if key not in evaluation.verdicts}
+    waiting = {
+        (name, *key)
+        for name, e in state.evaluations.items()
+        if e.completed is None
+        for key in e.trajectories()
+        if key not in e.verdicts
+    }
     return bool(waiting) and waiting <= given_up
 
 

@@ -164,8 +164,8 @@ def ablation_requested(run: str, name: str) -> str:
     return subject(run, "ablation", name, "requested")
 
 
-def run_forked(run: str) -> str:
-    return subject(run, "run", "fork", "forked")
+def run_forked(run: str, ordinal: int) -> str:
+    return subject(run, "run", f"fork-{ordinal:03d}", "forked")
 
 
 def runtime_changed(run: str, ordinal: int) -> str:

@@ -38,6 +38,7 @@ def whatif(
     ] = None,
     execute: Annotated[bool, typer.Option(help="Go on with the effects that the log does not hold.")] = False,
     home: Home = None,
+    url: Url = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -47,31 +48,25 @@ def whatif(
     from bascule.runtime.cli.store import home_folder, open_store
 
     async def execute_() -> None:
-        async with open_store(home_folder(home), exclusive=True) as store:
-            name = run_id if run_id is not None else await _free_name(store, run)
+        async with open_store(home_folder(home), url=url, exclusive=execute and url is None) as store:
+            name = run_id if run_id is not None else await launch.free_run_id(store, f"{run}-whatif")
             made = await _fork(store, run, name, step, set_ or [])
             if execute and made.stopped_at is not None:
                 await launch.resume(store, name)
                 with live_progress(as_json) as live:
-                    live.skip_to(len(made.events))
-                    await launch.work(store, name, [live])
+                    live.skip_to(await store.log.head(f"bascule.{name}.>"))
+                    await (launch.work if store.owner else launch.watch)(store, name, [live])
         _show(made, step, executed=execute, as_json=as_json)
 
     run_async(execute_())
-
-
-async def _free_name(store: Store, run: str) -> str:
-    taken = {r async for r in store.runs()}
-    number = 1
-    while f"{run}-whatif-{number}" in taken:
-        number += 1
-    return f"{run}-whatif-{number}"
 
 
 async def _fork(store: Store, run: str, name: str, step: int, overrides: list[str]) -> Fork:
     from bascule.plugins.loader import plugins
     from bascule.runtime.cli import launch
     from bascule.runtime.importing import append_all
+    from bascule.runtime.log.anchor import Head
+    from bascule.runtime.log.chain import Chain
     from bascule.runtime.services.catalog import SERVICES
     from bascule.runtime.state import RunState
     from bascule.runtime.whatif import whatif as fork
@@ -104,7 +99,13 @@ async def _fork(store: Store, run: str, name: str, step: int, overrides: list[st
             await ours.put(await theirs.get(ref), ref.media)
         except NotFound:
             continue  # a checkpoint that was superseded, or erased: as in the run itself
-    await append_all(store.admin(), made.events)
+    log = store.admin()
+    await append_all(log, made.events)
+    chain = Chain()
+    async for event in log.read(f"bascule.{name}.>"):
+        chain.add(event)
+    head = Head(count=chain.count, seq=chain.seq, head=chain.head.hex())
+    store.anchor.append((await log.extent()).log, {name: head})
     return made
 
 
@@ -195,7 +196,7 @@ def dlq_retry(
                     next_step="`bascule dlq list` shows those there are.",
                 )
             for letter in letters:
-                await store.writers["cli"].letters.retry(letter)
+                await store.writers.get("cli", store.log).letters.retry(letter)
         return len(letters)
 
     count = run_async(execute())

@@ -158,10 +158,10 @@ def check_splits(world: World) -> None:
         )
 
 
-async def free_run_id(store: Store, task: str) -> str:
-    """The first unused ``<task>-<number>``."""
+async def free_run_id(store: Store, stem: str) -> str:
+    """The first unused ``<stem>-<number>``."""
     taken = {r async for r in store.runs()}
-    stem = subjects.token(task.replace(":", "-").lower())
+    stem = subjects.token(stem.replace(":", "-").lower())
     number = 1
     while f"{stem}-{number}" in taken:
         number += 1
@@ -247,10 +247,10 @@ async def resume(store: Store, run: str, *, accept: bool = False) -> bool:
     state = await state_of(store, run)
     if state.end is not None and not state.active:
         return False
+    if not accept:
+        check_pins(state)
     changes = pinned(state)
     drafts = []
-    if changes and not accept:
-        raise changed_code(run, changes)
     if changes:
         assert state.started is not None
         data = RuntimeChanged(plugins=world_of(plugins(), state.started).pins(), changes=changes)
@@ -268,12 +268,19 @@ def pinned(state: RunState) -> tuple[str, ...]:
     return changed_pins(plugins(), state.started)
 
 
-def changed_code(run: str, changes: Sequence[str]) -> PluginError:
-    """Why a run is not served."""
-    return PluginError(
-        f"The run {run} is pinned to other code: {'; '.join(changes)}.",
-        next_step=f"Install what it is pinned to, or `bascule resume {run} --accept-changes`, which is recorded.",
-    )
+def check_pins(state: RunState) -> None:
+    """Refuse to serve a run under other code.
+
+    Raises:
+        PluginError: the code is not what the run is pinned to.
+    """
+    changes = pinned(state)
+    if changes:
+        raise PluginError(
+            f"The run {state.run} is pinned to other code: {'; '.join(changes)}.",
+            next_step=f"Install what it is pinned to, or `bascule resume {state.run} --accept-changes`, which is "
+            "recorded.",
+        )
 
 
 async def end(store: Store, run: str, *, cancel: bool, reason: str) -> None:
@@ -314,12 +321,14 @@ async def request_ablations(store: Store, run: str) -> float:
         What the constant answer scores on the sealed split without any harness.
 
     Raises:
-        ConfigError: the run is not completed, or promoted no adapter.
+        ConfigError: the run is not completed.
+        PluginError: the code is not what the run is pinned to.
     """
     state = await state_of(store, run)
     if not isinstance(state.end, RunCompleted):
         raise ConfigError(f"The run {run} is not completed.", next_step=f"`bascule resume {run}` goes on with it.")
     assert state.started is not None
+    check_pins(state)
     world = world_of(plugins(), state.started)
     answer = best_constant(world.public)
     best = state.end.best
@@ -347,13 +356,23 @@ def service_named(name: str) -> Service:
 
 
 async def serve_forever(store: Store, service: Service, only: str | None, say: Callable[[str], None]) -> None:
-    """Serve one service for every run of the log, each run on its own; a failing run does not stop the others."""
+    """Serve one service for every run of the log, each run on its own; a failing run does not stop the others.
+
+    A run that has ended is taken up again when ablations are asked for.
+    """
+    serving: set[str] = set()
 
     async def one(run: str) -> None:
+        if run in serving:
+            return
+        serving.add(run)
         delay = 1.0
-        while not await attempt(run, delay):
-            await asyncio.sleep(delay)
-            delay = min(delay * 2, 60.0)
+        try:
+            while not await attempt(run, delay):
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, 60.0)
+        finally:
+            serving.discard(run)
 
     async def resumed(view: View) -> None:
         async for event in store.log.follow(f"bascule.{view.run}.run.>", after=view.state.seq):
@@ -361,11 +380,16 @@ async def serve_forever(store: Store, service: Service, only: str | None, say: C
                 return
 
     async def attempt(run: str, delay: float) -> bool:
+        if await _finished(store, run):
+            return True
         view = view_of(store, run, fresh=False)
         try:
-            changes = pinned(await state_of(store, run))
-            if changes:
-                raise changed_code(run, changes)
+            state = await state_of(store, run)
+            if state.end is not None and not state.active:
+                return True
+            if state.paused is None:
+                check_pins(state)
+            say(f"{run}: serving {service.name}")
             await serve(view, [service])
             if view.state.paused is not None:
                 say(f"{run}: paused")
@@ -380,8 +404,18 @@ async def serve_forever(store: Store, service: Service, only: str | None, say: C
             return True
         return False
 
-    pattern = f"bascule.{subjects.token(only) if only else '*'}.run.run.started"
-    async with asyncio.TaskGroup() as group:
+    async def each(pattern: str, group: asyncio.TaskGroup) -> None:
         async for event in store.log.follow(pattern):
-            say(f"{event.envelope.run}: serving {service.name}")
             group.create_task(one(event.envelope.run))
+
+    runs = subjects.token(only) if only else "*"
+    async with asyncio.TaskGroup() as group:
+        group.create_task(each(f"bascule.{runs}.run.run.started", group))
+        group.create_task(each(f"bascule.{runs}.ablation.*.requested", group))
+
+
+async def _finished(store: Store, run: str) -> bool:
+    """Whether a run has ended and was never asked for more; says so without reading all of it."""
+    if not await store.log.head(subjects.run_end(run)):
+        return False
+    return not await store.log.head(f"bascule.{run}.ablation.>")

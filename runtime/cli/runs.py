@@ -156,7 +156,7 @@ def status(
 
 
 @app.command()
-def ablate(run: Run, home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
+def ablate(run: Run, home: Home = None, url: Url = None, as_json: Json = False, debug: Debug = False) -> None:
     """Where a completed run's gain comes from: its final harness on an engine that always answers the same, and without
     its adapter. Both are measured on the sealed split and recorded in the run's log."""
     from bascule.runtime.ablation import ablation_report
@@ -165,11 +165,11 @@ def ablate(run: Run, home: Home = None, as_json: Json = False, debug: Debug = Fa
     from bascule.runtime.cli.store import home_folder, open_store
 
     async def execute() -> None:
-        async with open_store(home_folder(home), exclusive=True) as store:
+        async with open_store(home_folder(home), url=url, exclusive=url is None) as store:
             constant = await launch.request_ablations(store, run)
             with live_progress(as_json) as live:
                 live.skip_to(await store.log.head(f"bascule.{run}.>"))
-                await launch.work(store, run, [live])
+                await (launch.work if store.owner else launch.watch)(store, run, [live])
             rows = ablation_report(await store.events(run), constant)
         print_json(rows) if as_json else show_ablation(rows, make_console())
 

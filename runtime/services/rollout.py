@@ -80,6 +80,9 @@ class Rollout:
             await work_off(view, NAME, f"bascule.{view.run}.episodes.*.requested", shard, slots=SHARDS_IN_FLIGHT)
 
     async def _close(self) -> None:
+        for loading in self._loaded.values():
+            loading.cancel()
+        await asyncio.gather(*self._loaded.values(), return_exceptions=True)
         for engine in self._engines.values():
             await engine.close()
 
@@ -106,7 +109,11 @@ class Rollout:
         key = (adapter, str(id(engine)))
         if key not in self._loaded:
             self._loaded[key] = asyncio.create_task(self._load(view, engine, adapter))
-        await asyncio.shield(self._loaded[key])
+        try:
+            await asyncio.shield(self._loaded[key])
+        except Exception:
+            self._loaded.pop(key, None)  # the next attempt loads it again
+            raise
 
     async def _load(self, view: View, engine: Engine, adapter: str) -> None:
         # The request follows its adapter in the log. If it is forgotten, its episodes are done, and none is left to run.
@@ -143,9 +150,14 @@ class Rollout:
         engine = await self._engine(view, request.engine)
         if request.adapter is not None:
             await self._serve_adapter(view, engine, request.adapter)
-        async with asyncio.TaskGroup() as group:
-            for position, sample in missing:
-                group.create_task(self._episode(view, episodes, engine, event, position, sample))
+        # What one of them runs into is no reason to lose the others.
+        done = await asyncio.gather(
+            *(self._episode(view, episodes, engine, event, position, sample) for position, sample in missing),
+            return_exceptions=True,
+        )
+        failed = [e for e in done if isinstance(e, Exception)]
+        if failed:
+            raise failed[0] if len(failed) == 1 else ExceptionGroup(f"{len(failed)} episodes failed", failed)
 
     async def _episode(
         self, view: View, episodes: Episodes, engine: Engine, cause: Recorded, position: int, sample: int

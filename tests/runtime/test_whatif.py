@@ -113,3 +113,28 @@ async def test_what_episodes_depend_on_cannot_be_changed(make_view: Make, starte
             fork(events, 1, setting)
     with pytest.raises(NotFound, match="no choice at step 9"):
         fork(events, 9, "gate.alpha=0.5")
+
+
+async def test_a_fork_of_a_fork_replays_equal(make_view: Make, started_log: MemoryLog) -> None:
+    events = await finished(make_view, started_log)
+    first = fork(events, 2, "gate.alpha=0.2")
+    made = whatif(
+        recorded(first),
+        "third",
+        step=2,
+        config=parse_config(merged(plain(RunState.of("other", recorded(first)).config), {"max_generations": 1})),
+        changes={"max_generations": 1},
+        plugins=plugins(),
+        producers={s: producer(s) for s in (*SERVICES, "cli")},
+    )
+    ours = [decode(i, e.subject, e.payload) for i, e in enumerate(made.events, 1)]
+    assert [e.data.config.gate.alpha for e in ours if isinstance(e.data, ev.RunForked)] == [0.2, 0.2]
+    assert replay("third", ours, plugins()).differences == ()
+    assert made.stopped_at is None
+
+
+async def test_a_fork_that_ended_is_not_paused(make_view: Make, started_log: MemoryLog) -> None:
+    made = fork(await finished(make_view, started_log), 2, "max_generations=1")
+    state = RunState.of("other", recorded(made))
+    assert isinstance(state.end, ev.RunCompleted)
+    assert state.paused is None

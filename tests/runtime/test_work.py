@@ -13,7 +13,7 @@ from bascule.runtime.log.dead_letters import DeadLetter
 from bascule.runtime.log.memory import MemoryLog
 from bascule.runtime.log.protocol import NewEvent
 from bascule.runtime.runner import Service, View, serve
-from bascule.runtime.services import verifier
+from bascule.runtime.services import rollout, verifier
 from bascule.runtime.services.catalog import SERVICES
 from bascule.schemas import events as ev
 from bascule.schemas import subjects
@@ -154,3 +154,37 @@ def _leaf(error: BaseException) -> BaseException:
 
 def _new(event: Recorded) -> NewEvent:
     return NewEvent(subject=event.subject, payload=event.payload)
+
+
+async def test_a_retry_while_no_service_ran_is_worked_off_by_the_next_one(
+    make_view: Make, started_log: MemoryLog
+) -> None:
+    """The delivery was acknowledged when it was set aside: no queue brings it again."""
+    moody = Moody(ValueError("a bad mood"))
+    with pytest.raises(ExceptionGroup):
+        await serve(make_view(started_log), services(moody))
+    moody.broken = False
+    for letter in await letters(started_log):
+        await started_log.letters.retry(letter)
+    view = make_view(started_log)
+    view.fresh = False
+    await serve(view, services(moody))
+    assert isinstance(view.state.end, ev.RunCompleted)
+
+
+async def test_dead_letters_of_two_services_together_stop_the_run(make_view: Make, started_log: MemoryLog) -> None:
+    view = make_view(started_log)
+    moody = Moody(ValueError("a bad mood"))
+
+    class HalfDead(rollout.Rollout):
+        async def _shard(self, view: View, episodes: rollout.Episodes, event: Recorded) -> None:
+            data = event.data
+            if isinstance(data, ev.EpisodesRequested) and data.split == "train":
+                raise ValueError("no such harness")
+            await super()._shard(view, episodes, event)
+
+    both = [Service(rollout.NAME, rollout.decide, HalfDead) if s.name == "rollout" else s for s in services(moody)]
+    with pytest.raises(ExceptionGroup) as caught:
+        await serve(view, both)
+    assert isinstance(_leaf(caught.value), work.DeadLettered)
+    assert {letter.service for letter in await letters(started_log)} == {"rollout", "verifier"}
