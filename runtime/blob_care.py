@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterable, Callable, Iterator
+from contextlib import suppress
 from typing import Literal
 
 import msgspec
@@ -28,31 +29,33 @@ class Mention(msgspec.Struct, frozen=True, kw_only=True):
     event: str
 
 
-class Names(msgspec.Struct):
-    """The blobs that events name: a fold.
+class BlobReferences(msgspec.Struct):
+    """The blobs that events name: a fold, the only one that knows which of them have to be there.
 
     Attributes:
-        mentions: by hash.
-        lasting: hashes of what has to be kept for good.
+        referenced: by hash, each with the first event that names it.
+        lasting: hashes of what is kept for good.
         checkpoints: of each training job that is still open, the hashes of its newest checkpoint.
         erased: hashes of what somebody had deleted.
+        suspected: hashes in events of unknown types, which may be those of blobs; with what such an event says of size
+            and media, if it does.
     """
 
-    mentions: dict[str, Mention] = {}
+    referenced: dict[str, Mention] = {}
     lasting: set[str] = set()
     checkpoints: dict[int, set[str]] = {}
     erased: set[str] = set()
+    suspected: dict[str, BlobRef | None] = {}
 
     def apply(self, event: Recorded) -> None:
         data = event.data
         if isinstance(data, Unknown):
-            # A newer version may name blobs in it, somehow.
-            self.lasting.update(found.decode() for found in _HASH.findall(data.raw))
+            self._suspect(data.raw)
             return
         refs = list(refs_of(data))
         for ref in refs:
             mention = Mention(ref=ref, seq=event.seq, subject=event.subject, event=event.envelope.id)
-            self.mentions.setdefault(ref.sha256, mention)
+            self.referenced.setdefault(ref.sha256, mention)
         hashes = {ref.sha256 for ref in refs}
         if isinstance(data, AdapterCheckpointed):
             self.checkpoints[data.generation] = hashes
@@ -64,9 +67,45 @@ class Names(msgspec.Struct):
             self.erased.add(data.sha256)
 
     @property
-    def marked(self) -> set[str]:
-        """Hashes of what has to be there."""
+    def retained(self) -> set[str]:
+        """Hashes of what has to be there: all that is named, except checkpoints of training jobs, and what was erased.
+
+        Of an open job the newest checkpoint has to be there, of another none.
+        """
         return self.lasting.union(*self.checkpoints.values()) - self.erased
+
+    @property
+    def passing(self) -> set[str]:
+        """Those of the retained that the trainer discards once its job has gone on."""
+        return self.retained - self.lasting
+
+    def ref(self, sha256: str) -> BlobRef | None:
+        """What the events say of a blob; None if they do not."""
+        mention = self.referenced.get(sha256)
+        return mention.ref if mention is not None else self.suspected.get(sha256)
+
+    def _suspect(self, raw: bytes) -> None:
+        for found in _HASH.findall(raw):
+            self.suspected.setdefault(found.decode(), None)
+        for ref in _refs_within(raw):
+            if ref.sha256 in self.suspected:
+                self.suspected[ref.sha256] = self.suspected[ref.sha256] or ref
+
+
+def _refs_within(raw: bytes) -> Iterator[BlobRef]:
+    """Whatever in a JSON text has the form of a reference."""
+    try:
+        values = [msgspec.json.decode(raw)]
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return
+    while values:
+        value = values.pop()
+        if isinstance(value, dict):
+            with suppress(msgspec.ValidationError):
+                yield msgspec.convert(value, BlobRef)
+            values += value.values()
+        elif isinstance(value, list):
+            values += value
 
 
 def refs_of(data: msgspec.Struct) -> Iterator[BlobRef]:
@@ -78,25 +117,12 @@ def refs_of(data: msgspec.Struct) -> Iterator[BlobRef]:
                 yield found
 
 
-def lasting(data: msgspec.Struct) -> Iterator[BlobRef]:
-    """Those that are kept for good: all but a checkpoint's, whose last is published."""
-    return iter(()) if isinstance(data, AdapterCheckpointed) else refs_of(data)
-
-
-def names(events: Iterable[Recorded]) -> Names:
-    found = Names()
-    for event in events:
+async def references(events: AsyncIterable[Recorded]) -> BlobReferences:
+    """The fold of these events."""
+    found = BlobReferences()
+    async for event in events:
         found.apply(event)
     return found
-
-
-def marked(events: Iterable[Recorded]) -> set[str]:
-    """Hashes of the blobs that a run's events need.
-
-    Those are all that they name, except checkpoints of training jobs: of an open job the newest is needed, of another
-    none. What was erased is needed no more.
-    """
-    return names(events).marked
 
 
 class Standing(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,10 +145,8 @@ class Standing(msgspec.Struct, frozen=True, kw_only=True):
 async def standings(events: AsyncIterable[Recorded], blobs: Blobs) -> tuple[tuple[Standing, ...], int]:
     """Every blob that the events name, in their order; and how many there are besides."""
     stored = {s.sha256: s.size for s in await blobs.list()}
-    found = Names()
-    async for event in events:
-        found.apply(event)
-    needed = found.marked
+    found = await references(events)
+    needed = found.retained
 
     def state(sha256: str) -> State:
         if sha256 in stored:
@@ -141,9 +165,9 @@ async def standings(events: AsyncIterable[Recorded], blobs: Blobs) -> tuple[tupl
             seq=m.seq,
             subject=m.subject,
         )
-        for sha256, m in found.mentions.items()
+        for sha256, m in found.referenced.items()
     )
-    return rows, len(stored.keys() - found.mentions.keys())
+    return rows, len(stored.keys() - found.referenced.keys())
 
 
 class Collected(msgspec.Struct, frozen=True, kw_only=True):
@@ -179,10 +203,8 @@ async def collect(
     while this goes on is young again.
     """
     stored = await blobs.list()
-    found = Names()
-    async for event in events():
-        found.apply(event)
-    needed = found.marked
+    found = await references(events())
+    needed = found.retained | found.suspected.keys()
     unfinished = [s.sha256 for s in stored if s.sha256 in found.erased]
     garbage = [s for s in stored if s.sha256 not in needed and s.sha256 not in found.erased]
     old = [s for s in garbage if s.age > grace]
@@ -201,13 +223,13 @@ async def collect(
     )
 
 
-def mention_of(found: Names, run: str, sha256: str) -> Mention:
+def mention_of(found: BlobReferences, run: str, sha256: str) -> Mention:
     """The first event that names a blob.
 
     Raises:
         NotFound: none does.
     """
-    mention = found.mentions.get(sha256)
+    mention = found.referenced.get(sha256)
     if mention is None:
         raise NotFound(
             f"No event of {run} names a blob {sha256!r}.",

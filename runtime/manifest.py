@@ -7,15 +7,11 @@ and no time of its own, so that a run that was imported is exported again to the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Annotated, Final, Literal
 
 import msgspec
 
-from bascule.runtime.blob_care import refs_of
-from bascule.schemas.envelope import Recorded
 from bascule.schemas.errors import Corrupt, SchemaError
-from bascule.schemas.events import AdapterCheckpointed, BlobErased, BlobRef
 
 FORMAT: Final = "bascule-export/1"
 MANIFEST: Final = "manifest.json"
@@ -107,34 +103,3 @@ def parse_manifest(data: bytes) -> Manifest:
 
 class _AnyFormat(msgspec.Struct):
     format: str
-
-
-class NamedBlobs:
-    """The blobs that a run's events name, gathered event by event.
-
-    Attributes:
-        kept: must be there for good; passing: checkpoints, of which only the newest is kept.
-        erased: hashes of those that were deleted on request.
-    """
-
-    def __init__(self) -> None:
-        self.kept: dict[str, BlobRef] = {}
-        self.passing: dict[str, BlobRef] = {}
-        self.erased: set[str] = set()
-
-    def add(self, event: Recorded) -> None:
-        match event.data:
-            case AdapterCheckpointed():
-                self._name(self.passing, refs_of(event.data))
-            case BlobErased(sha256=sha256):
-                self.erased.add(sha256)
-            case _:
-                self._name(self.kept, refs_of(event.data))
-
-    @property
-    def all(self) -> dict[str, BlobRef]:
-        return self.passing | self.kept
-
-    def _name(self, where: dict[str, BlobRef], refs: Iterable[BlobRef]) -> None:
-        for ref in refs:
-            where.setdefault(ref.sha256, ref)

@@ -1,4 +1,4 @@
-"""Signatures over exports: ed25519, with keys in PEM files that the environment names."""
+"""Signatures over exports and anchors: ed25519, with keys in PEM files that the environment names."""
 
 from __future__ import annotations
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Final
 
 import msgspec
 
-from bascule.runtime.blob_care import lasting
+from bascule.runtime.blob_care import BlobReferences
 from bascule.runtime.log.anchor import Anchor, Anchored, Head
 from bascule.runtime.log.blobs import Blobs
 from bascule.runtime.log.chain import START, link
@@ -18,7 +19,7 @@ from bascule.runtime.log.protocol import EventLog
 from bascule.schemas.codec import decode
 from bascule.schemas.envelope import Recorded, Unknown
 from bascule.schemas.errors import BasculeError, Corrupt, NotFound, SchemaError
-from bascule.schemas.events import BlobErased, LogCheckpointed
+from bascule.schemas.events import LogCheckpointed
 from bascule.schemas.subjects import event_id, id_digest
 
 #: How many heads are kept for a checkpoint that is yet to come; a notary is never that late.
@@ -93,11 +94,14 @@ class Checker:
         self._good = (0, 0)  # count and sequence up to which the chain agreed with something
         self._broken = False
 
-    def add(self, count: int, seq: int, subject: str, payload: bytes) -> list[Fault]:
+    def add(
+        self, count: int, seq: int, subject: str, payload: bytes, decoded: Recorded | None = None
+    ) -> list[Fault]:
         """Check the next event.
 
         Args:
             count: its number in the run, from 1; seq: its place in the store.
+            decoded: what the payload says, if the caller knows.
         """
         wrong = [] if seq > self.seq else [f"sequence {seq} does not follow {self.seq}"]
         self.count, self.seq = count, max(seq, self.seq)
@@ -106,7 +110,7 @@ class Checker:
         if len(self._heads) > 2 * _KEPT:
             self._forget(self._first + _KEPT)
         try:
-            self.event = decode(seq, subject, payload)
+            self.event = decoded or decode(seq, subject, payload)
         except (Corrupt, SchemaError, UnicodeDecodeError, RecursionError) as e:
             wrong.append(str(e))
             self.event = None
@@ -206,17 +210,18 @@ async def verify(run: str, log: EventLog, blobs: Blobs, anchor: Anchor) -> Verif
         faults.append(of_run(str(e)))
     accepted = anchored.accepted.get(run, [])
     checker = Checker(run, anchored=anchored.points.get(run), accepted=accepted[-1].count if accepted else 0)
-    care = _BlobCare(blobs)
+    refs = BlobReferences()
     try:
         async for raw in log.read_raw(f"bascule.{run}.>"):
             faults += checker.add(checker.count + 1, *raw)
             if checker.event is not None:
-                await care.add(checker.event)
+                refs.apply(checker.event)
     except Corrupt as e:
         faults.append(of_run(str(e)))
     if checker.count == 0 and run not in anchored.heads and not faults:
         raise NotFound(f"There is no run {run!r} in this log.", next_step="`bascule status` lists the runs.")
-    faults += [*checker.finish(), *care.finish()]
+    there, gone = await _checked_blobs(refs, run, log, blobs, checker.seq)
+    faults += [*checker.finish(), *gone]
     return Verification(
         run=run,
         events=checker.count,
@@ -229,8 +234,8 @@ async def verify(run: str, log: EventLog, blobs: Blobs, anchor: Anchor) -> Verif
         signed_by=anchored.signed_by,
         trusted=anchor.trusted is not None and anchored.n > 0,
         unknown=dict(checker.unknown),
-        blobs=care.there,
-        erased=care.erased,
+        blobs=there,
+        erased=len(refs.erased),
         accepted=tuple(f"{a.time}: {a.reason}" for a in accepted),
         faults=tuple(faults),
     )
@@ -247,30 +252,21 @@ async def accept(found: Verification, log: EventLog, anchor: Anchor, reason: str
     anchor.append(extent.log, {found.run: head}, accepted=reason, missing=extent.last - extent.messages)
 
 
-class _BlobCare:
-    """Looks after the blobs that events name."""
-
-    def __init__(self, blobs: Blobs) -> None:
-        self.there = 0
-        self._blobs = blobs
-        self._gone: dict[str, Fault] = {}
-        self._erased: set[str] = set()
-
-    @property
-    def erased(self) -> int:
-        return len(self._erased)
-
-    async def add(self, event: Recorded) -> None:
-        if isinstance(event.data, BlobErased):
-            self._erased.add(event.data.sha256)
-        for ref in lasting(event.data):
-            try:
-                await self._blobs.get(ref)
-            except BasculeError as e:
-                self._gone.setdefault(ref.sha256, Fault(seq=event.seq, subject=event.subject, what=str(e)))
-            else:
-                self.there += 1
-
-    def finish(self) -> list[Fault]:
-        """What is not there although the log says nothing of an erasure."""
-        return [fault for sha256, fault in self._gone.items() if sha256 not in self._erased]
+async def _checked_blobs(
+    refs: BlobReferences, run: str, log: EventLog, blobs: Blobs, seq: int
+) -> tuple[int, list[Fault]]:
+    """Read what has to be there by the run's events up to ``seq``: how many blobs are, and what is wrong with others."""
+    needed, gone = refs.retained, dict[str, Fault]()
+    for sha256 in [s for s in refs.referenced if s in needed]:
+        mention = refs.referenced[sha256]
+        try:
+            await blobs.get(mention.ref)
+        except BasculeError as e:
+            gone[sha256] = Fault(seq=mention.seq, subject=mention.subject, what=str(e))
+    there = len(needed) - len(gone)
+    if gone:
+        # A run that went on meanwhile has superseded its checkpoint; a blob may have been erased.
+        with suppress(BasculeError):
+            async for event in log.read(f"bascule.{run}.>", after=seq):
+                refs.apply(event)
+    return there, [fault for sha256, fault in gone.items() if sha256 in refs.retained]

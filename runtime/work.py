@@ -87,8 +87,11 @@ class _Worker:
         self._handle = handle
         self._dead: dict[tuple[str, int], tuple[DeadLetter, Recorded]] = {}
         self._retried: dict[int, int] = {}
+        self._under_way: set[int] = set()
 
     async def item(self, item: WorkItem) -> None:
+        if item.event.seq in self._under_way:
+            return  # delivered twice; the first of the two says when it is done
         heartbeat = asyncio.create_task(_heartbeat(item))
         try:
             if (self._service, item.event.seq) not in self._dead:
@@ -98,6 +101,14 @@ class _Worker:
         await item.done()
 
     async def event(self, event: Recorded) -> None:
+        """Handle an event, several times if it fails, and bury it in the end."""
+        self._under_way.add(event.seq)
+        try:
+            await self._tried(event)
+        finally:
+            self._under_way.discard(event.seq)
+
+    async def _tried(self, event: Recorded) -> None:
         await self._view.until(lambda s: s.seq >= event.seq)
         for attempt in range(1, ATTEMPTS + 1):
             try:

@@ -48,7 +48,7 @@ def erase(
     debug: Debug = False,
 ) -> None:
     """Delete a blob for good, and record that. The events that name it stay as they are."""
-    from bascule.runtime.blob_care import Names, mention_of
+    from bascule.runtime.blob_care import mention_of, references
     from bascule.runtime.cli.launch import view_of
     from bascule.runtime.cli.store import home_folder, open_store
     from bascule.schemas import subjects
@@ -57,10 +57,7 @@ def erase(
 
     async def execute() -> None:
         async with open_store(home_folder(home), url=url) as store:
-            found = Names()
-            async for event in store.read(run):
-                found.apply(event)
-            mention = mention_of(found, run, sha256)
+            mention = mention_of(await references(store.read(run)), run, sha256)
             draft = Draft(
                 subject=subjects.blob_erased(run, sha256),
                 step=0,

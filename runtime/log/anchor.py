@@ -187,12 +187,17 @@ class Anchor:
             raise self._corrupt(n, "it was changed")
         if line.previous != self._previous or line.n != n:
             raise self._corrupt(n, "it does not follow the line before it; a line was changed, removed or repeated")
-        if self.trusted is not None:
-            if line.signature is None and self._state.signed_by is not None:
+        if (line.key is None) != (line.signature is None):
+            raise self._corrupt(n, "it has a key without a signature, or a signature without a key")
+        if self.trusted is None:
+            return line
+        if line.signature is None:
+            if self._state.signed_by is not None:
                 raise self._corrupt(n, f"it is not signed, and {VERIFY_KEY} demands it")
-            plain = msgspec.json.encode(msgspec.structs.replace(line, signature=None))
-            if line.signature is not None and not is_signed_by(self.trusted, line.signature, plain):
-                raise self._corrupt(n, f"its signature is not by the trusted key {self.trusted}")
+            return line
+        plain = msgspec.json.encode(msgspec.structs.replace(line, signature=None))
+        if line.key != self.trusted or not is_signed_by(self.trusted, line.signature, plain):
+            raise self._corrupt(n, f"its signature is not by the trusted key {self.trusted}")
         return line
 
     def _corrupt(self, n: int, what: str) -> Corrupt:

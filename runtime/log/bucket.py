@@ -20,7 +20,7 @@ import msgspec
 
 from bascule.runtime.log.link import Link
 from bascule.runtime.log.pull import status_of
-from bascule.runtime.log.streams import BLOB_BUCKET, BLOB_STREAM, open_bucket
+from bascule.runtime.log.streams import BLOB_BUCKET, BLOB_STREAM, WRONG_SEQUENCE, open_bucket
 from bascule.schemas.errors import Corrupt, LogError
 
 #: A message of a server with the usual limit of 1 MB holds it; puts are twice as fast as with the usual 128 KiB.
@@ -30,7 +30,6 @@ _ABOUT: Final = f"$O.{BLOB_BUCKET}.M."
 _ROLLUP: Final = {"Nats-Rollup": "sub"}
 
 # Error codes of the JetStream API.
-_WRONG_SEQUENCE = (10071, 10164)
 _NO_MESSAGE, _NO_STREAM = 10037, 10059
 _FULL = (10023, 10047, 10077, 10122)
 
@@ -194,7 +193,7 @@ class Bucket:
             error = msgspec.json.decode(answer.data, type=dict[str, Any]).get("error")
             if error is None:
                 return True
-            if error["err_code"] in _WRONG_SEQUENCE:
+            if error["err_code"] in WRONG_SEQUENCE:
                 return False
             if error["err_code"] in _FULL:
                 raise LogError(

@@ -7,19 +7,16 @@ fails again after a retry gets the next ordinal. The event itself stays in the l
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import msgspec
 
 from bascule.runtime.log.link import Link
 from bascule.runtime.log.pull import status_of
 from bascule.runtime.log.rules import matches
+from bascule.runtime.log.streams import DEAD_LETTER_ROOT, DEAD_LETTERS, WRONG_SEQUENCE
 from bascule.schemas.errors import LogError
 from bascule.schemas.subjects import token
-
-STREAM: Final = "BASCULE_DLQ"
-ROOT: Final = "basculedlq"
-_WRONG_SEQUENCE: Final = (10071, 10164)
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,7 +59,7 @@ class DeadLetters(Protocol):
 
 
 def _place(letter: DeadLetter, kind: str) -> str:
-    return f"{ROOT}.{token(letter.run)}.{token(letter.service)}.{letter.seq}.{kind}-{letter.retries:03d}"
+    return f"{DEAD_LETTER_ROOT}.{token(letter.run)}.{token(letter.service)}.{letter.seq}.{kind}-{letter.retries:03d}"
 
 
 def _folded(entries: list[tuple[str, DeadLetter]]) -> list[DeadLetter]:
@@ -88,7 +85,7 @@ class MemoryDeadLetters:
         self._entries.setdefault(_place(letter, "retry"), letter)
 
     async def list(self, run: str = "*", service: str = "*") -> list[DeadLetter]:
-        wanted = f"{ROOT}.{run}.{service}.>"
+        wanted = f"{DEAD_LETTER_ROOT}.{run}.{service}.>"
         return _folded([(s, letter) for s, letter in self._entries.items() if matches(wanted, s)])
 
 
@@ -105,7 +102,7 @@ class NatsDeadLetters:
         await self._append(_place(letter, "retry"), letter)
 
     async def list(self, run: str = "*", service: str = "*") -> list[DeadLetter]:
-        wanted = f"{ROOT}.{run}.{service}.>"
+        wanted = f"{DEAD_LETTER_ROOT}.{run}.{service}.>"
         found: list[tuple[str, DeadLetter]] = []
         seq = 1
         while True:
@@ -118,12 +115,12 @@ class NatsDeadLetters:
 
     async def _append(self, subject: str, letter: DeadLetter) -> None:
         payload = msgspec.json.encode(letter)
-        headers = {"Nats-Expected-Stream": STREAM, "Nats-Expected-Last-Subject-Sequence": "0"}
+        headers = {"Nats-Expected-Stream": DEAD_LETTERS, "Nats-Expected-Last-Subject-Sequence": "0"}
 
         async def attempt() -> bool | None:
             reply = await self._link.request(subject, payload, headers=headers)
             error = msgspec.json.decode(reply.data, type=dict[str, Any]).get("error")
-            if error is None or error["err_code"] in _WRONG_SEQUENCE:
+            if error is None or error["err_code"] in WRONG_SEQUENCE:
                 return True
             if error["code"] >= 500:
                 return None
@@ -136,7 +133,7 @@ class NatsDeadLetters:
 
         async def attempt() -> list[tuple[int, str, DeadLetter]]:
             async with asyncio.timeout(5):
-                msg = await self._link.request(f"$JS.API.DIRECT.GET.{STREAM}", request)
+                msg = await self._link.request(f"$JS.API.DIRECT.GET.{DEAD_LETTERS}", request)
             if status_of(msg) == "404":
                 return []
             if status_of(msg) is not None or msg.headers is None:

@@ -13,7 +13,6 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from bascule.runtime.log.bucket import Bucket
 from bascule.runtime.log.dead_letters import NatsDeadLetters
 from bascule.runtime.log.link import TRANSIENT, Link
 from bascule.runtime.log.login import Login
@@ -30,14 +29,13 @@ from bascule.runtime.log.pull import (
 from bascule.runtime.log.queues import NatsQueue, queue_config
 from bascule.runtime.log.raw import extent_of, read_raw
 from bascule.runtime.log.rules import adopted, checked, fenced_off
-from bascule.runtime.log.streams import MAX_BYTES, STREAM, open_streams
+from bascule.runtime.log.streams import MAX_BYTES, STREAM, WRONG_SEQUENCE, open_streams
 from bascule.schemas.codec import decode
 from bascule.schemas.envelope import Recorded
 from bascule.schemas.errors import LogError
 from bascule.schemas.subjects import token
 
 # Error codes of the JetStream API.
-_WRONG_SEQUENCE = (10071, 10164)
 _DUPLICATE_IN_BATCH = 10201
 _BATCH_INCOMPLETE = 10176
 _NO_RESOURCES, _STORE_FAILED = 10023, 10077
@@ -90,8 +88,6 @@ class NatsLog:
         try:
             make = user not in USERS or user == ADMIN
             await open_streams(link, make=make, max_bytes=max_bytes, replicas=replicas)
-            if user == ADMIN:  # whoever may make a bucket makes it on the first put
-                await Bucket(link).open()
         except BaseException:
             await link.close()
             raise
@@ -123,7 +119,7 @@ class NatsLog:
             if error is None and not answer.get("duplicate"):
                 first = answer["seq"] - len(mine) + 1
                 return [replace(m, seq=first + i) for i, m in enumerate(mine)]
-            if error is not None and error["err_code"] not in (*_WRONG_SEQUENCE, _DUPLICATE_IN_BATCH):
+            if error is not None and error["err_code"] not in (*WRONG_SEQUENCE, _DUPLICATE_IN_BATCH):
                 _raise_if_final(error, mine)
                 return None
             there = adopted(mine, [_decoded(await self._newest(m.subject)) for m in mine], unconfirmed=unconfirmed)
@@ -136,11 +132,17 @@ class NatsLog:
         return await self._link.persist(f"Appending {_described(mine)}", attempt)
 
     async def get(self, subject: str) -> Recorded | None:
-        return _decoded(await self._look_up(subject))
+        async def attempt() -> list[Recorded | None]:
+            return [_decoded(await self._newest(subject))]
+
+        return (await self._link.persist(f"Reading {subject}", attempt))[0]
 
     async def head(self, filter: str) -> int:  # noqa: A002
-        newest = await self._look_up(filter)
-        return newest.seq if newest else 0
+        async def attempt() -> int:
+            newest = await self._newest_at_leader(filter)  # a replica may lag behind what readers know of
+            return newest.seq if newest else 0
+
+        return await self._link.persist(f"Reading {filter}", attempt)
 
     async def follow(self, filter: str, *, after: int = 0) -> AsyncGenerator[Recorded, None]:  # noqa: A002
         async with aclosing(self._stored(filter, after)) as found:
@@ -214,12 +216,6 @@ class NatsLog:
         subjects = [m.subject for m in mine]
         reply = await self._link.request(subjects[-1], mine[-1].payload, headers=headers, also=subjects[:-1])
         return msgspec.json.decode(reply.data, type=dict[str, Any])
-
-    async def _look_up(self, filter_: str) -> Raw | None:
-        async def attempt() -> list[Raw | None]:
-            return [await self._newest(filter_)]
-
-        return (await self._link.persist(f"Reading {filter_}", attempt))[0]
 
     async def _newest(self, filter_: str) -> Raw | None:
         """The newest event under ``filter_`` by direct get: a replica may answer, and lag."""

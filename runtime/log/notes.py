@@ -79,7 +79,8 @@ class Anchored(msgspec.Struct, kw_only=True):
         return max(self.heads.items(), key=lambda item: item[1].seq, default=None)
 
     def add(self, line: Line) -> None:
-        self.n, self.time, self.log, self.signed_by = line.n, line.time, line.log, line.key
+        self.n, self.time, self.log = line.n, line.time, line.log
+        self.signed_by = line.key if line.signature is not None else None
         if line.accepted is not None:
             self.missing = line.missing
         for run, head in line.heads.items():

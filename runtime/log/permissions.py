@@ -11,6 +11,7 @@ from typing import Final
 
 import msgspec
 
+from bascule.runtime.log.rules import matches
 from bascule.runtime.log.streams import BLOB_BUCKET, BLOB_STREAM, DEAD_LETTER_ROOT, DEAD_LETTERS, STREAM
 from bascule.schemas.subjects import ROOT
 
@@ -22,7 +23,7 @@ USERS: Final = (*SERVICES, CLI, READER, ADMIN)
 
 #: Services that share work, and so acknowledge deliveries.
 _QUEUED: Final = ("rollout", "verifier")
-_BLOB_WRITERS: Final = ("rollout", "feedback", "trainer", CLI)
+_BLOB_WRITERS: Final = ("rollout", "trainer", CLI)
 _API: Final = "$JS.API"
 
 
@@ -80,15 +81,11 @@ APPENDS: Final = {
 def may_append(service: str, subject: str) -> bool:
     """Whether the user ``service`` may append an event under ``subject``; False for a user that does not exist."""
     rights = APPENDS.get(service, Appends())
-    return _any_matches(rights.allow, subject) and not _any_matches(rights.deny, subject)
+    return _under(rights.allow, subject) and not _under(rights.deny, subject)
 
 
-def _any_matches(patterns: Sequence[str], subject: str) -> bool:
-    tokens = subject.split(".")
-    return any(
-        len(wanted) == len(tokens) and all(w in ("*", t) for w, t in zip(wanted, tokens, strict=True))
-        for wanted in (pattern.split(".") for pattern in patterns)
-    )
+def _under(patterns: Sequence[str], subject: str) -> bool:
+    return any(matches(pattern, subject) for pattern in patterns)
 
 
 def inbox(user: str | None) -> str:

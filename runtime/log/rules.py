@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from msgspec.structs import replace
 
@@ -22,13 +24,15 @@ def matches(filter_: str, subject: str) -> bool:
     >>> matches("bascule.*.train.>", "bascule.r1.train")
     False
     """
-    wanted, tokens = filter_.split("."), subject.split(".")
-    if wanted[-1] == ">":
-        wanted = wanted[:-1]
-        if len(tokens) <= len(wanted):
-            return False
-        tokens = tokens[: len(wanted)]
-    return len(wanted) == len(tokens) and all(w in ("*", t) for w, t in zip(wanted, tokens, strict=True))
+    return _pattern(filter_).fullmatch(subject) is not None
+
+
+@lru_cache(1024)
+def _pattern(filter_: str) -> re.Pattern[str]:
+    tokens = filter_.split(".")
+    rest = [".*"] if tokens[-1] == ">" else []
+    parts = ("[^.]*" if token == "*" else re.escape(token) for token in tokens[: len(tokens) - len(rest)])
+    return re.compile(r"\.".join([*parts, *rest]), re.DOTALL)
 
 
 def checked(events: Sequence[NewEvent], fence: Fence | None) -> list[Recorded]:

@@ -25,6 +25,8 @@ DUPLICATE_WINDOW_SECONDS: Final = 7 * 86400
 _DEAD_LETTERS_SHARE: Final = 32
 
 # Error codes of the JetStream API.
+#: Something else is the newest under the subject, or under the filter that was named.
+WRONG_SEQUENCE: Final = (10071, 10164)
 _NO_STORAGE, _STREAM_NOT_FOUND, _STREAM_EXISTS, _STREAM_OFFLINE = 10047, 10059, 10058, 10194
 
 

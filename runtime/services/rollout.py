@@ -116,7 +116,7 @@ class Rollout:
             raise
 
     async def _load(self, view: View, engine: Engine, adapter: str) -> None:
-        # The request follows its adapter in the log. If it is forgotten, its episodes are done, and none is left to run.
+        # The request follows its adapter in the log. If it is forgotten, its episodes are done: none is left to run.
         found = view.state.adapters.get(adapter)
         if found is None:
             return

@@ -181,6 +181,8 @@ class Trainer:
                     # The job has moved on unseen, be it by an append of a process before this one that came in late.
                     # Whether it still wants an attempt shows once that is folded.
                     view.logger.warning("training.not_started", generation=training.request.generation, error=str(e))
+                except TrainError as e:
+                    await self._fail(view, training, evaluation, e)
                 continue
             try:
                 await self._iterate(view, training, evaluation)
@@ -208,6 +210,7 @@ class Trainer:
         recorded = await view.append(NAME, [draft], fence=self._fence(view, request.generation, training.head))
         if recorded[0].duplicate:
             raise Conflict(f"The training job of generation {request.generation} was started by another trainer.")
+        self._attempt, self._head = attempt, recorded[0].seq
         get = view.blobs.get
         state = await get(training.last.state) if training.last else None
         parent = None
@@ -215,7 +218,7 @@ class Trainer:
             refs = view.state.adapters[request.adapter].files
             parent = {name: await get(ref) for name, ref in refs.items()}
         self._job = await self._compute(self._backend.open, view.world.config.model, request, parent, state)
-        self._generation, self._attempt, self._head = request.generation, attempt, recorded[0].seq
+        self._generation = request.generation
 
     async def _compute(self, work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
@@ -237,10 +240,7 @@ class Trainer:
             assert self._job is not None
             update = await self._compute(self._job.update, trajectories, credit, iteration)
         except TrainError as e:
-            self._generation = -1
-            await self._record(view, training, evaluation, TrainFailed(
-                generation=request.generation, attempt=self._attempt, reason=str(e)
-            ))  # fmt: skip
+            await self._fail(view, training, evaluation, e)
             return
         put = view.blobs.put
         files = {n: await put(d, "application/x-safetensors") for n, d in update.files.items()}
@@ -266,6 +266,11 @@ class Trainer:
         kept = {ref for p in published for ref in p.files.values()} | {*data.files.values(), data.state}
         for ref in {*superseded.files.values(), superseded.state} - kept:
             await view.blobs.discard(ref)
+
+    async def _fail(self, view: View, training: Training, evaluation: Evaluation, error: TrainError) -> None:
+        self._generation = -1
+        failed = TrainFailed(generation=training.request.generation, attempt=self._attempt, reason=str(error))
+        await self._record(view, training, evaluation, failed)
 
     async def _record(
         self, view: View, training: Training, evaluation: Evaluation, data: AdapterCheckpointed | TrainFailed

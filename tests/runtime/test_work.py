@@ -188,3 +188,26 @@ async def test_dead_letters_of_two_services_together_stop_the_run(make_view: Mak
         await serve(view, both)
     assert isinstance(_leaf(caught.value), work.DeadLettered)
     assert {letter.service for letter in await letters(started_log)} == {"rollout", "verifier"}
+
+
+async def test_a_trigger_that_is_delivered_twice_is_handled_once(make_view: Make, started_log: MemoryLog) -> None:
+    view = make_view(started_log)
+    (event,) = [e async for e in started_log.read("bascule.small.run.>")]
+    view.state.apply(event)
+    handled: list[int] = []
+    release = asyncio.Event()
+
+    async def handle(event: Recorded) -> None:
+        handled.append(event.seq)
+        await release.wait()
+
+    task = asyncio.create_task(work.work_off(view, "verifier", "bascule.small.run.>", handle, slots=4))
+    while not handled:
+        await asyncio.sleep(0)
+    await view.log.work("small", "verifier", ["bascule.small.run.>"], fresh=True)  # everything is delivered again
+    for _ in range(200):
+        await asyncio.sleep(0)
+    assert handled == [event.seq]
+    release.set()
+    task.cancel()
+    await asyncio.wait([task])
