@@ -34,7 +34,7 @@ def new_event(service: str, subject: str, data: ev.Data, *, time: str = TIME) ->
     draft = Draft(subject=subject, step=0, data=data)
     return NewEvent(
         subject=subject,
-        payload=encode(draft, run=subjects.run_of(subject), producer=producer, time=time, root=None),
+        payload=encode(draft, run=subject.split(".")[1], producer=producer, time=time, root=None),
     )
 
 
