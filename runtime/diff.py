@@ -10,7 +10,7 @@ import msgspec
 
 from bascule.runtime.log.chain import Chain
 from bascule.runtime.replay import first_path
-from bascule.schemas.codec import canonical
+from bascule.schemas.codec import canonical, is_compared
 from bascule.schemas.envelope import Recorded
 from bascule.schemas.events import Data, LogCheckpointed
 
@@ -92,8 +92,7 @@ def _entry(event: Recorded) -> Entry:
     if isinstance(data, _INCIDENTAL):
         return Entry(stored, b"", False)
     content = type_ + b"\0" + (canonical(data, measured=False) if isinstance(data, Data) else data.raw)
-    # Ablations are asked for afterwards: the decision hash leaves them out too.
-    if isinstance(data, Data) and data.KIND == "decision" and getattr(data, "purpose", None) != "ablation":
+    if is_compared(data):
         return Entry(stored, content, True)
     return Entry(stored, hashlib.blake2b(content, digest_size=16).digest(), False)
 

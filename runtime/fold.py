@@ -82,7 +82,7 @@ async def fold(run: str, events: AsyncIterator[Recorded], *, at: int | None = No
         events=total,
         subject=last.subject,
         time=last.envelope.time,
-        status=_status(state),
+        status=state.status,
         generations=tuple(_step(state, number) for number in sorted(state.steps)),
         best=state.best,
         open={name: (len(e.verdicts), e.size) for name, e in sorted(state.evaluations.items()) if e.completed is None},
@@ -90,12 +90,6 @@ async def fold(run: str, events: AsyncIterator[Recorded], *, at: int | None = No
         hash=hashlib.blake2b(digest, digest_size=16).hexdigest(),
         state=msgspec.Raw(digest),
     )
-
-
-def _status(state: RunState) -> str:
-    if state.end is not None:
-        return state.end.TYPE.rpartition(".")[2]
-    return "paused" if state.paused is not None else "open"
 
 
 def _step(state: RunState, number: int) -> FoldedStep:

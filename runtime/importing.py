@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
+from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from bascule.runtime.export import Export, verify_export
+from bascule.runtime.blob_care import references
+from bascule.runtime.export_check import verify_export
+from bascule.runtime.export_reader import Export
 from bascule.runtime.log.anchor import Anchor, Head
 from bascule.runtime.log.blobs import Blobs
 from bascule.runtime.log.chain import Chain
+from bascule.runtime.log.disk import durable_write, explained, make_private, sync_folder
 from bascule.runtime.log.protocol import EventLog, NewEvent
 from bascule.runtime.log.rules import MAX_BATCH
-from bascule.runtime.manifest import NamedBlobs
+from bascule.schemas.envelope import Recorded
 from bascule.schemas.errors import ConfigError, Corrupt
+from bascule.schemas.subjects import token
 
 #: Bytes of payload in one atomic batch. The server takes far more (59 MiB in 2.6 s), and gives a batch 10 s.
 BATCH_BYTES: Final = 4 * 1024 * 1024
@@ -34,13 +39,16 @@ class Imported(msgspec.Struct, frozen=True, kw_only=True):
     head: str
 
 
-async def import_export(export: Export, log: EventLog, blobs: Blobs, *, anchor: Anchor | None = None) -> Imported:
+async def import_export(
+    export: Export, log: EventLog, blobs: Blobs, *, home: Path, anchor: Anchor | None = None
+) -> Imported:
     """Write a run into ``log`` and ``blobs``: blobs first, then the events in order, in atomic batches.
 
     A run that is there already must be the same as far as it goes; then the rest is added.
 
     Args:
         log: as the user who may write whole runs.
+        home: where it is noted that the run is not whole yet.
         anchor: notes how far the run goes, once all of it is there.
 
     Raises:
@@ -65,7 +73,8 @@ async def import_export(export: Export, log: EventLog, blobs: Blobs, *, anchor: 
         )
     there = await _matching(export, log)
     await _put_blobs(export, blobs)
-    await append_all(log, (NewEvent(subject=e.subject, payload=e.payload) for e in export.events() if e.seq > there))
+    rest = (NewEvent(subject=e.subject, payload=e.payload) for e in export.events() if e.seq > there)
+    await append_all(log, rest, home=home, run=manifest.run)
     chain = Chain()
     async for event in log.read(f"bascule.{manifest.run}.>"):
         chain.add(event)
@@ -110,25 +119,52 @@ async def _matching(export: Export, log: EventLog) -> int:
 
 
 async def _put_blobs(export: Export, blobs: Blobs) -> None:
-    named = NamedBlobs()
-    for event in export.events():
-        named.add(event)
+    refs = await references(_each(export))
     for blob in export.manifest.blobs:
         if blob.included:
-            await blobs.put(export.blob(blob), named.all[blob.sha256].media)
+            ref = refs.ref(blob.sha256)
+            assert ref is not None  # or the export would not be intact
+            await blobs.put(export.blob(blob), ref.media)
         elif blob.erased:
             await blobs.erase(blob.sha256)
 
 
-async def append_all(log: EventLog, events: Iterable[NewEvent]) -> None:
-    """Append any number of events, in order, in as few atomic batches as possible.
+async def _each(export: Export) -> AsyncIterator[Recorded]:
+    for event in export.events():
+        yield event
+
+
+async def append_all(log: EventLog, events: Iterable[NewEvent], *, home: Path, run: str) -> None:
+    """Append any number of events of a run, in order, in as few atomic batches as possible.
+
+    Until all of them are there the run is :func:`unfinished`, since what was one batch once may be two now: a service
+    that met the first half of a decision would never make the other.
 
     Raises:
         Conflict: some events of a batch are there already.
         LogError: the log refuses, or cannot be reached; what was appended before stays.
     """
-    for batch in batches(events):
+    mark = _mark(home, run)
+    for number, batch in enumerate(batches(events)):
+        if number == 0:
+            with explained(mark):
+                make_private(mark.parent)
+                durable_write(mark, b"")
+                sync_folder(mark.parent)
         await log.append(batch)
+    if mark.exists():
+        with explained(mark):
+            mark.unlink()
+            sync_folder(mark.parent)
+
+
+def unfinished(home: Path, run: str) -> bool:
+    """Whether a run is being written as a whole, or that was cut short: nothing may be decided in it."""
+    return _mark(home, run).exists()
+
+
+def _mark(home: Path, run: str) -> Path:
+    return home / "imports" / token(run)
 
 
 def batches(events: Iterable[NewEvent]) -> Iterator[list[NewEvent]]:

@@ -67,7 +67,7 @@ class Redaction:
         if clean is not value and isinstance(clean, msgspec.Struct):
             try:
                 msgspec.json.decode(msgspec.json.encode(clean), type=type(clean))
-            except msgspec.DecodeError as e:
+            except (msgspec.DecodeError, UnicodeError) as e:
                 raise PluginError(
                     f"What the redactors left of {type(clean).__name__} does not fit: {e}.",
                     next_step="An environment variable that looks secret may hold a common word: unset or rename it.",

@@ -31,7 +31,7 @@ def lines(path: Path) -> Iterator[Line]:
     decoder = msgspec.json.Decoder(Line)
     with path.open("rb") as file:
         for line in file:
-            with contextlib.suppress(msgspec.DecodeError):
+            with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
                 yield decoder.decode(line)
 
 

@@ -110,8 +110,15 @@ class Replayer:
             raise NotFound(
                 f"The log of {self.state.run} does not begin with its start.", next_step="Run `bascule verify`."
             )
-        for decide in DECIDE.values():
-            self._expected |= {d.subject: d for d in decide(self.state, event, self._world)}
+        try:
+            for decide in DECIDE.values():
+                self._expected |= {d.subject: d for d in decide(self.state, event, self._world)}
+        except (LookupError, AssertionError, ValueError) as error:
+            # Something that a decision needs is missing, as in a damaged log that was accepted as it is.
+            failed = f"nothing can be decided here: {type(error).__name__}: {error}"
+            self._differences.append(
+                Difference(subject=event.subject, seq=event.seq, path="", recorded=None, replayed=failed)
+            )
 
     def _compare(self, event: Recorded, draft: Draft | None) -> None:
         if draft is None:

@@ -98,18 +98,6 @@ def _seconds(span: tuple[str, str] | None) -> float:
     return (last - first).total_seconds()
 
 
-def _status(state: RunState) -> str:
-    match state.end:
-        case ev.RunCompleted():
-            return "completed"
-        case ev.RunFailed():
-            return "failed"
-        case ev.RunCancelled():
-            return "cancelled"
-        case _:
-            return "paused" if state.paused is not None else "open"
-
-
 def _reason(state: RunState) -> str:
     return state.end.reason if state.end is not None else state.paused or ""
 
@@ -140,8 +128,8 @@ class Reporter:
     def _count(self, data: ev.TrajectoryLogged) -> None:
         spent = data.prompt_tokens + data.output_tokens
         evaluation = self.state.evaluations.get(data.evaluation)
-        if evaluation is None:
-            return
+        if evaluation is None or evaluation.completed is not None:
+            return  # nobody asked for it
         request = evaluation.request
         if request.purpose == "report":
             self._sealed_tokens += spent
@@ -154,7 +142,7 @@ class Reporter:
         config = state.config
         return RunReport(
             run=state.run,
-            status=_status(state),
+            status=state.status,
             task=config.task.name,
             model=config.model,
             engine=config.engine.name,

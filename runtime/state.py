@@ -175,6 +175,13 @@ class RunState(msgspec.Struct, kw_only=True):
         return self.started.config
 
     @property
+    def status(self) -> str:
+        """``completed``, ``failed`` or ``cancelled`` after its end; before, ``paused`` or ``open``."""
+        if self.end is not None:
+            return self.end.TYPE.rpartition(".")[2]
+        return "paused" if self.paused is not None else "open"
+
+    @property
     def best(self) -> int | None:
         """Generation of the promoted candidate."""
         promoted = [n for n, s in self.steps.items() if isinstance(s.gate, ev.CandidatePromoted)]

@@ -94,9 +94,7 @@ class Checker:
         self._good = (0, 0)  # count and sequence up to which the chain agreed with something
         self._broken = False
 
-    def add(
-        self, count: int, seq: int, subject: str, payload: bytes, decoded: Recorded | None = None
-    ) -> list[Fault]:
+    def add(self, count: int, seq: int, subject: str, payload: bytes, decoded: Recorded | None = None) -> list[Fault]:
         """Check the next event.
 
         Args:
@@ -255,7 +253,7 @@ async def accept(found: Verification, log: EventLog, anchor: Anchor, reason: str
 async def _checked_blobs(
     refs: BlobReferences, run: str, log: EventLog, blobs: Blobs, seq: int
 ) -> tuple[int, list[Fault]]:
-    """Read what has to be there by the run's events up to ``seq``: how many blobs are, and what is wrong with others."""
+    """Read what has to be there by the events up to ``seq``: how many blobs are, and what is wrong with the others."""
     needed, gone = refs.retained, dict[str, Fault]()
     for sha256 in [s for s in refs.referenced if s in needed]:
         mention = refs.referenced[sha256]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 import msgspec
 
@@ -148,10 +148,15 @@ def canonical(data: Any, *, measured: bool = True) -> bytes:
 _RUN_TOKEN = re.compile(r"^bascule\.[^.]+\.")
 
 
-class DecisionHash:
-    """Hash over the decisions of one run: type, subject and data, without time, attempt and measured costs.
+def is_compared(data: Data | Unknown) -> TypeGuard[Data]:
+    """Whether it is a decision by which runs are compared: not one of an ablation, which is asked for afterwards."""
+    return isinstance(data, Data) and data.KIND == "decision" and getattr(data, "purpose", None) != "ablation"
 
-    Ablations, which are asked for afterwards, are left out. So is the run's own name, so that two runs can be compared.
+
+class DecisionHash:
+    """Hash over the decisions by which runs are compared: type, subject and data, without time, attempt and costs.
+
+    The run's own name is left out, so that two runs can be compared.
     Subjects are sorted, since the order in which independent decisions land is not a decision.
     """
 
@@ -161,7 +166,7 @@ class DecisionHash:
     def add(self, event: Recorded) -> None:
         """Take an event; only decisions count."""
         data = event.data
-        if not isinstance(data, Data) or data.KIND != "decision" or getattr(data, "purpose", None) == "ablation":
+        if not is_compared(data):
             return
         subject = _RUN_TOKEN.sub("", event.subject).encode()
         content = event.envelope.type.encode() + b"\0" + canonical(data, measured=False)

@@ -15,6 +15,7 @@ from bascule.schemas.errors import ConfigError
 
 ROOT = "bascule"
 _TOKEN = re.compile(r"[a-z0-9_-]{1,64}")
+_EVENT = re.compile(rf"{ROOT}(\.{_TOKEN.pattern}){{4}}")
 _BASE32, _DIGITS = b"abcdefghijklmnopqrstuvwxyz234567", b"0123456789abcdefghijklmnopqrstuv"
 _TO_DIGITS = bytes(_DIGITS[_BASE32.index(c)] if c in _BASE32 else ord("!") for c in range(256))
 
@@ -38,9 +39,9 @@ def subject(run: str, aggregate: str, aggregate_id: str, event: str) -> str:
     return ".".join((ROOT, token(run), token(aggregate), token(aggregate_id), token(event)))
 
 
-def run_of(subject_: str) -> str:
-    """The run token of a subject."""
-    return subject_.split(".", 2)[1]
+def is_event_subject(value: str) -> bool:
+    """Whether ``value`` is the subject of an event: five tokens, the first of them ``bascule``."""
+    return _EVENT.fullmatch(value) is not None
 
 
 def event_id(subject_: str) -> str:

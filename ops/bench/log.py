@@ -24,8 +24,8 @@ from typing import Any
 import msgspec
 import nats
 
-from bascule.runtime.export import open_export
-from bascule.runtime.exporting import FolderSink, write_export
+from bascule.runtime.export_reader import open_export
+from bascule.runtime.export_writer import FolderSink, write_export
 from bascule.runtime.log.anchor import Anchor
 from bascule.runtime.log.blobs import FileBlobs
 from bascule.runtime.log.chain import START, Chain, link
@@ -188,7 +188,7 @@ async def _reads(home: Path, root: Path) -> dict[str, Figure]:
             return seconds
 
         folded, counted, verified = await _in_turns(fold, count, verification, rounds=3)
-        await write_export(RUN, log.read(PATTERN), FileBlobs(root / "blobs"), FolderSink(root / "export"))
+        await write_export(RUN, lambda: log.read(PATTERN), FileBlobs(root / "blobs"), FolderSink(root / "export"))
     ratio = statistics.median(b / a for a, b in zip(verified, counted, strict=True))
     return _rates("fold, server", "subscription", folded, counted, EVENTS) | {
         "verify": figure(verified, "s", baseline="subscription", ratio=ratio)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 
 import typer
 
@@ -29,7 +30,7 @@ def main() -> None:
             error.show()
             sys.exit(Exit.USAGE)
         if debug:
-            raise
+            traceback.print_exception(error)
         from bascule.runtime.redaction import redact_message
 
         typer.echo(f"bascule: {redact_message(_paragraph(error))}", err=True)

@@ -8,8 +8,20 @@ from typing import Annotated
 
 import typer
 
-from bascule.runtime.cli.command import Debug, Exit, Home, Json, Run, Url, app, make_console, print_json, run_async
-from bascule.schemas.errors import ConfigError
+from bascule.runtime.cli.command import (
+    Credentials,
+    Debug,
+    Exit,
+    Home,
+    Json,
+    Run,
+    Url,
+    app,
+    make_console,
+    print_json,
+    run_async,
+)
+from bascule.schemas.errors import ConfigError, NotFound
 
 
 @app.command()
@@ -20,6 +32,7 @@ def log(
     ] = None,
     home: Home = None,
     url: Url = None,
+    credentials: Credentials = None,
     as_json: Annotated[bool, typer.Option("--json", help="The recorded bytes, one event a line.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -27,8 +40,8 @@ def log(
     from bascule.runtime.cli.store import home_folder, open_store
 
     async def execute() -> None:
-        async with open_store(home_folder(home), url=url) as store:
-            for event in await store.events(run):
+        async with open_store(home_folder(home), url=url, credentials=credentials) as store:
+            async for event in store.read(run):
                 if type_ is not None and not event.envelope.type.endswith(type_):
                     continue
                 if as_json:
@@ -55,6 +68,7 @@ def explain(
     ],
     home: Home = None,
     url: Url = None,
+    credentials: Credentials = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -65,7 +79,7 @@ def explain(
 
     async def execute() -> None:
         explainer = Explainer(run, what)
-        async with open_store(home_folder(home), url=url) as store:
+        async with open_store(home_folder(home), url=url, credentials=credentials) as store:
             async for event in store.read(run):
                 explainer.add(event)
         found = explainer.result()
@@ -75,7 +89,14 @@ def explain(
 
 
 @app.command()
-def replay(run: Run, home: Home = None, url: Url = None, as_json: Json = False, debug: Debug = False) -> None:
+def replay(
+    run: Run,
+    home: Home = None,
+    url: Url = None,
+    credentials: Credentials = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Make every decision of a run again from the log, and compare. No model, no network. Exit 1 if any differs."""
     from bascule.plugins.loader import plugins
     from bascule.runtime import replay as audit
@@ -84,7 +105,7 @@ def replay(run: Run, home: Home = None, url: Url = None, as_json: Json = False, 
     async def execute() -> int:
         from rich.markup import escape
 
-        async with open_store(home_folder(home), url=url) as store:
+        async with open_store(home_folder(home), url=url, credentials=credentials) as store:
             replayer = audit.Replayer(run, plugins())
             async for event in store.read(run):
                 replayer.add(event)
@@ -117,6 +138,7 @@ def verify(
     ] = None,
     home: Home = None,
     url: Url = None,
+    credentials: Credentials = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -131,14 +153,20 @@ def verify(
     from bascule.runtime import verify as audit
     from bascule.runtime.cli.store import home_folder, open_store
     from bascule.runtime.cli.verdict import show_verification
+    from bascule.runtime.redaction import process_redaction
 
     async def execute() -> int:
-        async with open_store(home_folder(home), url=url, guarded=False) as store:
-            found = await audit.verify(run, store.log, store.blobs(run), store.anchor)
+        async with open_store(home_folder(home), url=url, credentials=credentials, guarded=False) as store:
+            try:
+                found = await audit.verify(run, store.log, store.blobs(run), store.anchor)
+            except NotFound as e:
+                if Path(run).exists():
+                    raise NotFound(e.message, next_step=f"For the export of that name give ./{run}.") from e
+                raise
             if accept is not None:
                 if not found.faults:
                     raise ConfigError(f"The run {run} is intact.", next_step="There is nothing to accept.")
-                await audit.accept(found, store.log, store.anchor, accept)
+                await audit.accept(found, store.log, store.anchor, process_redaction().text(accept))
         print_json(found) if as_json else show_verification(found, make_console())
         if accept is None:
             return Exit.NOT_INTACT if found.faults else Exit.SAME
@@ -151,7 +179,8 @@ def verify(
 
 def _verify_export(path: Path, as_json: bool) -> int:
     from bascule.runtime.cli.verdict import show_faults
-    from bascule.runtime.export import open_export, verify_export
+    from bascule.runtime.export_check import verify_export
+    from bascule.runtime.export_reader import open_export
 
     with open_export(path) as export:
         faults, manifest = verify_export(export), export.manifest

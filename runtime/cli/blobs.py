@@ -6,20 +6,38 @@ from typing import Annotated
 
 import typer
 
-from bascule.runtime.cli.command import Debug, Home, Json, Run, Url, app, make_console, print_json, run_async
+from bascule.runtime.cli.command import (
+    Credentials,
+    Debug,
+    Home,
+    Json,
+    Run,
+    Url,
+    app,
+    make_console,
+    print_json,
+    run_async,
+)
 
 blobs_app = typer.Typer(help="List a run's blobs, erase one, or delete what is no longer needed.", no_args_is_help=True)
 app.add_typer(blobs_app, name="blobs")
 
 
 @blobs_app.command("list")
-def list_blobs(run: Run, home: Home = None, url: Url = None, as_json: Json = False, debug: Debug = False) -> None:
+def list_blobs(
+    run: Run,
+    home: Home = None,
+    url: Url = None,
+    credentials: Credentials = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """The blobs that a run's events name, and whether they are there."""
     from bascule.runtime.blob_care import standings
     from bascule.runtime.cli.store import home_folder, open_store
 
     async def execute() -> None:
-        async with open_store(home_folder(home), url=url) as store:
+        async with open_store(home_folder(home), url=url, credentials=credentials) as store:
             found, unnamed = await standings(store.read(run), store.blobs(run))
         if as_json:
             print_json({"run": run, "blobs": found, "unnamed": unnamed})
@@ -44,6 +62,7 @@ def erase(
     reason: Annotated[str, typer.Option(help="Recorded in the run's log for good.")],
     home: Home = None,
     url: Url = None,
+    credentials: Credentials = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -56,7 +75,7 @@ def erase(
     from bascule.schemas.events import BlobErased
 
     async def execute() -> None:
-        async with open_store(home_folder(home), url=url) as store:
+        async with open_store(home_folder(home), url=url, credentials=credentials) as store:
             mention = mention_of(await references(store.read(run)), run, sha256)
             draft = Draft(
                 subject=subjects.blob_erased(run, sha256),
@@ -87,6 +106,7 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be deleted.")] = False,
     home: Home = None,
     url: Url = None,
+    credentials: Credentials = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -95,7 +115,7 @@ def gc(
     from bascule.runtime.cli.store import home_folder, open_store
 
     async def execute() -> None:
-        async with open_store(home_folder(home), url=url) as store:
+        async with open_store(home_folder(home), url=url, credentials=credentials) as store:
             # Before the runs: blobs that are there already belong to a run that the log knows, if it knows it at all.
             holders = [] if run is not None else await store.blob_runs()
             runs = [run] if run is not None else [r async for r in store.runs()]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bascule.runtime.cli.command import (
+    Credentials,
     Debug,
     Home,
     Json,
@@ -39,6 +40,7 @@ def whatif(
     execute: Annotated[bool, typer.Option(help="Go on with the effects that the log does not hold.")] = False,
     home: Home = None,
     url: Url = None,
+    credentials: Credentials = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -48,7 +50,9 @@ def whatif(
     from bascule.runtime.cli.store import home_folder, open_store
 
     async def execute_() -> None:
-        async with open_store(home_folder(home), url=url, exclusive=execute and url is None) as store:
+        async with open_store(
+            home_folder(home), url=url, credentials=credentials, exclusive=execute and url is None
+        ) as store:
             name = run_id if run_id is not None else await launch.free_run_id(store, f"{run}-whatif")
             made = await _fork(store, run, name, step, set_ or [])
             if execute and made.stopped_at is not None:
@@ -100,7 +104,7 @@ async def _fork(store: Store, run: str, name: str, step: int, overrides: list[st
         except NotFound:
             continue  # a checkpoint that was superseded, or erased: as in the run itself
     log = store.admin()
-    await append_all(log, made.events)
+    await append_all(log, made.events, home=store.home, run=name)
     chain = Chain()
     async for event in log.read(f"bascule.{name}.>"):
         chain.add(event)
@@ -150,14 +154,19 @@ def dlq_list(
     run: Annotated[str | None, typer.Argument(help="Only of this run.")] = None,
     home: Home = None,
     url: Url = None,
+    credentials: Credentials = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Events that a service gave up on, and what went wrong."""
     from bascule.runtime.cli.store import home_folder, open_store
+    from bascule.schemas.errors import NotFound
+    from bascule.schemas.subjects import token
 
     async def execute() -> None:
-        async with open_store(home_folder(home), url=url) as store:
+        async with open_store(home_folder(home), url=url, credentials=credentials) as store:
+            if run is not None and not await store.log.head(f"bascule.{token(run)}.>"):
+                raise NotFound(f"There is no run {run!r}.", next_step="`bascule status` lists the runs.")
             letters = await store.log.letters.list(run or "*")
         if as_json:
             print_json(letters)
@@ -180,6 +189,7 @@ def dlq_retry(
     seq: Annotated[int | None, typer.Option(help="Only the event at this sequence; all of the run otherwise.")] = None,
     home: Home = None,
     url: Url = None,
+    credentials: Credentials = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -188,7 +198,7 @@ def dlq_retry(
     from bascule.schemas.errors import NotFound
 
     async def execute() -> int:
-        async with open_store(home_folder(home), url=url) as store:
+        async with open_store(home_folder(home), url=url, credentials=credentials) as store:
             letters = [found for found in await store.log.letters.list(run) if found.dead and seq in (None, found.seq)]
             if not letters:
                 raise NotFound(

@@ -15,8 +15,9 @@ from bascule.plugins.loader import Plugins, code_hash, plugins
 from bascule.plugins.tasks.splits import best_constant
 from bascule.runtime.baselines import score_constant
 from bascule.runtime.cli.store import Store, leaves
+from bascule.runtime.importing import unfinished
 from bascule.runtime.log.rules import MAX_BATCH
-from bascule.runtime.redaction import redact_log
+from bascule.runtime.redaction import process_redaction, redact_log
 from bascule.runtime.runner import Service, View, serve
 from bascule.runtime.services.catalog import SERVICES
 from bascule.runtime.services.rollout import engine_params
@@ -38,6 +39,8 @@ from bascule.schemas.run import PluginChoice, RunConfig, parse_config
 from bascule.trainers.params import train_params
 
 Listener = Callable[[Recorded], None]
+#: Characters of a run's name that leave room for a number.
+_STEM = 56
 
 
 @cache
@@ -161,7 +164,7 @@ def check_splits(world: World) -> None:
 async def free_run_id(store: Store, stem: str) -> str:
     """The first unused ``<stem>-<number>``."""
     taken = {r async for r in store.runs()}
-    stem = subjects.token(stem.replace(":", "-").lower())
+    stem = subjects.token(stem.replace(":", "-").lower()[:_STEM])
     number = 1
     while f"{stem}-{number}" in taken:
         number += 1
@@ -169,7 +172,16 @@ async def free_run_id(store: Store, stem: str) -> str:
 
 
 def view_of(store: Store, run: str, listeners: Sequence[Listener] = (), *, fresh: bool | None = None) -> View:
-    """A view of one run, logging to ``<home>/runs/<run>/services.jsonl``."""
+    """A view of one run, logging to ``<home>/runs/<run>/services.jsonl``.
+
+    Raises:
+        ConfigError: the run was written only in part.
+    """
+    if unfinished(store.home, run):
+        raise ConfigError(
+            f"The import of {run}, or the what-if that makes it, is under way or was cut short.",
+            next_step="Import it again; make a what-if again under another --run-id.",
+        )
     folder = store.home / "runs" / subjects.token(run)
     folder.mkdir(parents=True, exist_ok=True)
     view = View(
@@ -215,6 +227,8 @@ async def start(store: Store, run: str, started: RunStarted) -> None:
         f"There is a run {run!r} already.",
         next_step=f"`bascule resume {run}` goes on with it; or use another --run-id.",
     )
+    if process_redaction().text(run) != run:
+        raise ConfigError("The run's name looks like a key, and would stand in every event.", next_step="Use another.")
     if await store.log.head(f"bascule.{subjects.token(run)}.>"):
         raise taken
     draft = Draft(subject=subjects.run_started(run), step=0, data=started)
@@ -380,6 +394,9 @@ async def serve_forever(store: Store, service: Service, only: str | None, say: C
                 return
 
     async def attempt(run: str, delay: float) -> bool:
+        if unfinished(store.home, run):
+            say(f"{run}: it is not whole yet. Looking again in {delay:.0f} s.")
+            return False
         if await _finished(store, run):
             return True
         view = view_of(store, run, fresh=False)

@@ -136,27 +136,48 @@ def status(
     run: Annotated[str | None, typer.Argument(help="One run in full; all runs in a line each without it.")] = None,
     home: Home = None,
     url: Url = None,
+    credentials: Credentials = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """What runs there are, and how far they are; also while they run."""
     from bascule.runtime.cli.show import show_report, show_runs
     from bascule.runtime.cli.store import home_folder, open_store
+    from bascule.schemas.errors import Corrupt, SchemaError
 
     async def execute() -> None:
-        async with open_store(home_folder(home), url=url) as store:
+        async with open_store(home_folder(home), url=url, credentials=credentials) as store:
             if run is not None:
                 result = await _report(store, run, picture=False)
                 print_json(result) if as_json else show_report(result, make_console())
                 return
-            results = [(await _reporter(store, name)).report() async for name in store.runs()]
-            print_json(results) if as_json else show_runs(results, make_console())
+            results, damaged = [], []
+            async for name in store.runs():
+                try:
+                    results.append((await _reporter(store, name)).report())
+                except (Corrupt, SchemaError) as e:
+                    damaged.append({"run": name, "error": str(e)})
+        if as_json:
+            print_json([*results, *damaged])
+        else:
+            show_runs(results, make_console())
+            for one in damaged:
+                typer.echo(f"{one['run']}: {one['error']}", err=True)
+        if damaged:
+            raise typer.Exit(Exit.NOT_INTACT)
 
     run_async(execute())
 
 
 @app.command()
-def ablate(run: Run, home: Home = None, url: Url = None, as_json: Json = False, debug: Debug = False) -> None:
+def ablate(
+    run: Run,
+    home: Home = None,
+    url: Url = None,
+    credentials: Credentials = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Where a completed run's gain comes from: its final harness on an engine that always answers the same, and without
     its adapter. Both are measured on the sealed split and recorded in the run's log."""
     from bascule.runtime.ablation import ablation_report
@@ -165,7 +186,7 @@ def ablate(run: Run, home: Home = None, url: Url = None, as_json: Json = False, 
     from bascule.runtime.cli.store import home_folder, open_store
 
     async def execute() -> None:
-        async with open_store(home_folder(home), url=url, exclusive=url is None) as store:
+        async with open_store(home_folder(home), url=url, credentials=credentials, exclusive=url is None) as store:
             constant = await launch.request_ablations(store, run)
             with live_progress(as_json) as live:
                 live.skip_to(await store.log.head(f"bascule.{run}.>"))
@@ -176,30 +197,50 @@ def ablate(run: Run, home: Home = None, url: Url = None, as_json: Json = False, 
     run_async(execute())
 
 
-def _ending(run: str, home: Path | None, url: str | None, *, cancel: bool, reason: str) -> None:
+def _ending(
+    run: str, home: Path | None, url: str | None, credentials: Path | None, *, cancel: bool, reason: str, as_json: bool
+) -> None:
     from bascule.runtime.cli import launch
     from bascule.runtime.cli.store import home_folder, open_store
 
     async def execute() -> None:
-        async with open_store(home_folder(home), url=url) as store:
+        async with open_store(home_folder(home), url=url, credentials=credentials) as store:
             await launch.end(store, run, cancel=cancel, reason=reason)
 
     run_async(execute())
+    status = "cancelled" if cancel else "paused"
+    print_json({"run": run, "status": status}) if as_json else typer.echo(f"{run}: {status}")
 
 
 Reason = Annotated[str, typer.Option(help="Recorded with it.")]
 
 
 @app.command()
-def pause(run: Run, reason: Reason = "asked for", home: Home = None, url: Url = None, debug: Debug = False) -> None:
+def pause(
+    run: Run,
+    reason: Reason = "asked for",
+    home: Home = None,
+    url: Url = None,
+    credentials: Credentials = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Make the services let go of a run; `bascule resume` goes on from what the log holds."""
-    _ending(run, home, url, cancel=False, reason=reason)
+    _ending(run, home, url, credentials, cancel=False, reason=reason, as_json=as_json)
 
 
 @app.command()
-def cancel(run: Run, reason: Reason = "asked for", home: Home = None, url: Url = None, debug: Debug = False) -> None:
+def cancel(
+    run: Run,
+    reason: Reason = "asked for",
+    home: Home = None,
+    url: Url = None,
+    credentials: Credentials = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """End a run for good."""
-    _ending(run, home, url, cancel=True, reason=reason)
+    _ending(run, home, url, credentials, cancel=True, reason=reason, as_json=as_json)
 
 
 async def _reporter(store: Store, name: str, *listeners: Callable[[Recorded], None]) -> Reporter:

@@ -69,7 +69,8 @@ def serve(
 ) -> None:
     """Run one of the five services for every run, until stopped: at --url, or on the `bascule broker` of --home.
 
-    Any number of rollout and verifier processes share the work. All processes need the same blob folder (--home).
+    Any number of rollout and verifier processes share the work. All processes need the same --home, where the blobs
+    are, or BASCULE_BLOBS=nats, which keeps them on the server.
     """
     from bascule.runtime.cli import launch
     from bascule.runtime.cli.store import home_folder, open_store

@@ -14,13 +14,25 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import typer
 
-from bascule.runtime.cli.command import Debug, Exit, Home, Json, Run, Url, app, make_console, print_json, run_async
+from bascule.runtime.cli.command import (
+    Credentials,
+    Debug,
+    Exit,
+    Home,
+    Json,
+    Run,
+    Url,
+    app,
+    make_console,
+    print_json,
+    run_async,
+)
 from bascule.schemas.errors import ConfigError, LogError
 
 if TYPE_CHECKING:
     from bascule.runtime.diff import Comparison
-    from bascule.runtime.export import Export
-    from bascule.runtime.exporting import Sink
+    from bascule.runtime.export_reader import Export
+    from bascule.runtime.export_writer import Sink
     from bascule.runtime.fold import Folded
     from bascule.schemas.envelope import Recorded
 
@@ -40,11 +52,12 @@ def export(
     blobs: Annotated[bool, typer.Option("--blobs/--no-blobs", help="With large trajectories and adapters.")] = True,
     home: Home = None,
     url: Url = None,
+    credentials: Credentials = None,
     debug: Debug = False,
 ) -> None:
     """Write a run as one file that proves itself: events, chain, blobs. Signed if BASCULE_SIGNING_KEY names a key."""
     from bascule.runtime.cli.store import home_folder, open_store
-    from bascule.runtime.exporting import write_export
+    from bascule.runtime.export_writer import write_export
     from bascule.runtime.signing import signer_from_environment
 
     if output is not None and to is not None:
@@ -54,10 +67,10 @@ def export(
     signer = signer_from_environment()
 
     async def execute() -> None:
-        async with open_store(home_folder(home), url=url) as store:
+        async with open_store(home_folder(home), url=url, credentials=credentials) as store:
             with _sink(output, to) as sink:
                 written = await write_export(
-                    run, store.read(run), store.blobs(run), sink, with_blobs=blobs, signer=signer
+                    run, lambda: store.read(run), store.blobs(run), sink, with_blobs=blobs, signer=signer
                 )
         what = f"{run}: {written.events} events, {len(written.blobs)} blobs, head {written.head}"
         make_console(err=True).print(what, highlight=False, soft_wrap=True)
@@ -83,7 +96,7 @@ def import_(
         with _open_export(source) as found:
             async with open_store(home_folder(home), exclusive=True) as store:
                 blobs = store.blobs(found.manifest.run)
-                done = await import_export(found, store.admin(), blobs, anchor=store.anchor)
+                done = await import_export(found, store.admin(), blobs, home=store.home, anchor=store.anchor)
         if as_json:
             print_json(done)
         else:
@@ -102,6 +115,7 @@ def diff(
     other_home: Annotated[Path | None, typer.Option(help="Where the run B is, if not in --home.")] = None,
     home: Home = None,
     url: Url = None,
+    credentials: Credentials = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -109,9 +123,9 @@ def diff(
     from bascule.runtime.diff import brief, compare
 
     async def execute() -> int:
-        async with _opened(a, home, url) as (run, events):
+        async with _opened(a, home, url, credentials) as (run, events):
             first = await brief(run, events)
-        async with _opened(b, other_home or home, None if other_home else url) as (run, events):
+        async with _opened(b, other_home or home, None if other_home else url, credentials) as (run, events):
             found = compare(first, await brief(run, events))
         print_json(found) if as_json else _show_comparison(found)
         return Exit.DIFFERS if found.decisions_differ else Exit.SAME
@@ -126,6 +140,7 @@ def fold(
     step: Annotated[int | None, typer.Option(help="Right after the lever choice of this generation.", min=0)] = None,
     home: Home = None,
     url: Url = None,
+    credentials: Credentials = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -136,7 +151,7 @@ def fold(
         raise ConfigError("A fold ends at a count or at a step, not both.", next_step="Give --at or --step.")
 
     async def execute() -> None:
-        async with _opened(run, home, url) as (name, events):
+        async with _opened(run, home, url, credentials) as (name, events):
             found = await folding.fold(name, events, at=at, step=step)
         print_json(found) if as_json else _show_fold(found)
 
@@ -144,7 +159,7 @@ def fold(
 
 
 def _open_export(source: str) -> Export:
-    from bascule.runtime.export import open_export
+    from bascule.runtime.export_reader import open_export
 
     if source == "-":
         if sys.stdin.isatty():
@@ -154,12 +169,14 @@ def _open_export(source: str) -> Export:
 
 
 @asynccontextmanager
-async def _opened(what: str, home: Path | None, url: str | None) -> AsyncIterator[tuple[str, AsyncIterator[Recorded]]]:
+async def _opened(
+    what: str, home: Path | None, url: str | None, credentials: Path | None
+) -> AsyncIterator[tuple[str, AsyncIterator[Recorded]]]:
     """The name and the events of a run in a store, or of an export."""
     from bascule.runtime.cli.store import home_folder, open_store
 
     if what != "-" and re.fullmatch(r"[a-z0-9_-]{1,64}", what):
-        async with open_store(home_folder(home), url=url) as store:
+        async with open_store(home_folder(home), url=url, credentials=credentials) as store:
             yield what, store.read(what)
     else:
         with _open_export(what) as found:
@@ -179,7 +196,7 @@ def _sink(output: Path | None, to: Path | None) -> Iterator[Sink]:
         ConfigError: the path cannot be written, or the folder is there.
         LogError: the reader of standard output has gone.
     """
-    from bascule.runtime.exporting import FolderSink, TarSink
+    from bascule.runtime.export_writer import FolderSink, TarSink
 
     path = to or output
     if path is None:

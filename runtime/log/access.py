@@ -9,6 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 import msgspec
 
+from bascule.runtime.log.login import Credential
 from bascule.runtime.log.permissions import USERS
 from bascule.schemas.errors import ConfigError, LogError, NotPermitted
 
@@ -20,23 +21,20 @@ CREDENTIALS_ENV: Final = "BASCULE_CREDENTIALS"
 CA_ENV: Final = "BASCULE_TLS_CA"
 
 
-class Credential(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """What proves who a user is: a password or the seed of an nkey."""
-
-    password: str | None = None
-    nkey_seed: str | None = None
-
-
 class Access(msgspec.Struct, frozen=True, kw_only=True):
     """A server, and what its users log in with.
 
     Attributes:
         url: without credentials.
+        ca: certificates to trust instead of the system's; with it, or with ``tls://``, the server must use TLS.
+        store: the folder of the streams, if it can be looked at.
         credentials: by user; None if ``user`` and ``password`` (or nobody) stand for all.
         source: where the credentials come from, for messages.
     """
 
     url: str
+    ca: Path | None = None
+    store: Path | None = None
     credentials: dict[str, Credential] | None = None
     source: str = ""
     user: str | None = None
@@ -60,13 +58,13 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
                 next_step=f"Add them, or use a file that has them; `bascule ops nats-config` makes one for {_LISTED}.",
             )
         mine = self.credentials[user] if self.credentials is not None else Credential(password=self.password)
-        ca = os.environ.get(CA_ENV)
         return await NatsLog.connect(
             self.url,
             user=user if self.credentials is not None else self.user,
             password=mine.password,
             nkey_seed=mine.nkey_seed,
-            ca=Path(ca) if ca else None,
+            ca=self.ca,
+            store=self.store,
             name=f"bascule-{user}",
             max_bytes=MAX_BYTES if max_bytes is None else max_bytes,
             replicas=replicas,
@@ -80,6 +78,7 @@ def embedded_access(connection: Connection) -> Access:
     """To the embedded server."""
     return Access(
         url=connection.url,
+        store=Path(connection.store) if connection.store else None,
         credentials={user: Credential(password=password) for user, password in connection.passwords.items()},
         source="The embedded server",
     )
@@ -100,16 +99,18 @@ def remote_access(url: str, credentials: Path | None) -> Access:
     address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
     if parts.port is None:
         address += ":4222"
+    ca = Path(named) if (named := os.environ.get(CA_ENV)) else None
     if parts.username:
         return Access(
             url=address,
+            ca=ca,
             user=unquote(parts.username),
             password=unquote(parts.password) if parts.password is not None else None,
         )
     path = credentials or os.environ.get(CREDENTIALS_ENV)
     if not path:
-        return Access(url=address)
-    return Access(url=address, credentials=read_credentials(Path(path)), source=str(path))
+        return Access(url=address, ca=ca)
+    return Access(url=address, ca=ca, credentials=read_credentials(Path(path)), source=str(path))
 
 
 def read_credentials(path: Path) -> dict[str, Credential]:
@@ -125,7 +126,7 @@ def read_credentials(path: Path) -> dict[str, Credential]:
             f"The credentials {path} cannot be read: {e.strerror}.",
             next_step="Name a file that `bascule ops nats-config` or `bascule broker` has written.",
         ) from e
-    except msgspec.DecodeError as e:
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
         raise ConfigError(
             f"{path} holds no credentials: {e}.",
             next_step='Write {"USER": {"password": ...}} or {"USER": {"nkey_seed": ...}}.',

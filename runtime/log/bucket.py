@@ -92,7 +92,7 @@ class Bucket:
             return None
         try:
             about = msgspec.json.decode(base64.b64decode(message.get("data", "")), type=Description)
-        except msgspec.DecodeError as e:
+        except (msgspec.DecodeError, UnicodeDecodeError) as e:
             raise Corrupt(f"The object store's description of {name} is not readable.", next_step="Restore it.") from e
         return Entry(message["seq"], _age(message), about)
 

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
-from bascule.runtime.log.access import Credential
+from bascule.runtime.log.login import Credential
 from bascule.runtime.log.permissions import USERS
 from bascule.schemas.errors import ConfigError
 

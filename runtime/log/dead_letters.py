@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 import msgspec
 
-from bascule.runtime.log.link import Link
+from bascule.runtime.log.link import Link, settled
 from bascule.runtime.log.pull import status_of
 from bascule.runtime.log.rules import matches
 from bascule.runtime.log.streams import DEAD_LETTER_ROOT, DEAD_LETTERS, WRONG_SEQUENCE
-from bascule.schemas.errors import LogError
+from bascule.schemas.errors import ConfigError, LogError
 from bascule.schemas.subjects import token
 
 
@@ -72,6 +72,16 @@ def _folded(entries: list[tuple[str, DeadLetter]]) -> list[DeadLetter]:
     return [newest[key] for key in newest]
 
 
+def _readable(subject: str, payload: bytes) -> DeadLetter | None:
+    """The entry under ``subject``; None for one that no service of ours wrote: it points nowhere."""
+    try:
+        letter = msgspec.json.decode(payload, type=DeadLetter)
+        places = (_place(letter, "dead"), _place(letter, "retry"))
+    except (msgspec.MsgspecError, UnicodeDecodeError, ConfigError):
+        return None
+    return letter if subject in places else None
+
+
 class MemoryDeadLetters:
     """Dead letters of a log in memory."""
 
@@ -109,9 +119,11 @@ class NatsDeadLetters:
             entry = await self._next(wanted, seq)
             if entry is None:
                 return _folded(found)
-            place, subject, letter = entry
+            place, subject, payload = entry
             seq = place + 1
-            found.append((subject, letter))
+            letter = _readable(subject, payload)
+            if letter is not None:
+                found.append((subject, letter))
 
     async def _append(self, subject: str, letter: DeadLetter) -> None:
         payload = msgspec.json.encode(letter)
@@ -119,27 +131,23 @@ class NatsDeadLetters:
 
         async def attempt() -> bool | None:
             reply = await self._link.request(subject, payload, headers=headers)
-            error = msgspec.json.decode(reply.data, type=dict[str, Any]).get("error")
-            if error is None or error["err_code"] in WRONG_SEQUENCE:
-                return True
-            if error["code"] >= 500:
-                return None
-            raise LogError(f"The dead letter {subject} was refused: {error['description']}.")
+            answer = msgspec.json.decode(reply.data, type=dict[str, Any])
+            there = answer.get("error", {}).get("err_code") in WRONG_SEQUENCE
+            return True if there or settled(answer, f"The dead letter {subject}") else None
 
         await self._link.persist(f"Recording the dead letter {subject}", attempt)
 
-    async def _next(self, wanted: str, seq: int) -> tuple[int, str, DeadLetter] | None:
+    async def _next(self, wanted: str, seq: int) -> tuple[int, str, bytes] | None:
         request = msgspec.json.encode({"seq": seq, "next_by_subj": wanted})
 
-        async def attempt() -> list[tuple[int, str, DeadLetter]]:
+        async def attempt() -> list[tuple[int, str, bytes]]:
             async with asyncio.timeout(5):
                 msg = await self._link.request(f"$JS.API.DIRECT.GET.{DEAD_LETTERS}", request)
             if status_of(msg) == "404":
                 return []
             if status_of(msg) is not None or msg.headers is None:
                 raise LogError(f"Reading dead letters was refused: {msg.headers}.")
-            letter = msgspec.json.decode(msg.data, type=DeadLetter)
-            return [(int(msg.headers["Nats-Sequence"]), msg.headers["Nats-Subject"], letter)]
+            return [(int(msg.headers["Nats-Sequence"]), msg.headers["Nats-Subject"], msg.data)]
 
         found = await self._link.persist(f"Reading dead letters under {wanted}", attempt)
         return found[0] if found else None

@@ -15,6 +15,7 @@ from typing import Final
 import msgspec
 
 from bascule.runtime.log.config import LOG_ACCOUNT
+from bascule.runtime.log.disk import durable_write, sync_folder
 from bascule.runtime.log.permissions import ADMIN, USERS
 from bascule.schemas.errors import LogError
 
@@ -30,12 +31,14 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
         passwords: of each of our users; of these ``user`` is the one who may do everything.
         pid: of the server itself.
         name: the server's name for this start; tells it from another one on a reused port.
+        store: the folder of the streams, by name.
     """
 
     url: str
     passwords: dict[str, str]
     pid: int
     name: str
+    store: str = ""
 
     @property
     def user(self) -> str:
@@ -124,11 +127,9 @@ def server_name(port: int) -> str | None:
 
 
 def write_private(path: Path, text: str) -> None:
-    tmp = path.with_name(path.name + ".tmp")
-    fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with open(fd, "w") as f:
-        f.write(text)
-    tmp.replace(path)
+    """Put a file for its owner alone in place, as a whole and for good."""
+    durable_write(path, text.encode())
+    sync_folder(path.parent)
 
 
 def unwritable(home: Path, e: OSError) -> LogError:

@@ -10,14 +10,13 @@ import msgspec
 from bascule.schemas.errors import ConfigError, LogError, NotPermitted
 
 
-class Login(msgspec.Struct, frozen=True, kw_only=True):
-    """Who connects. With a seed the name is for messages only: the server knows the user by the public key."""
+class Credential(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What proves who a user is: a password, or the seed of an nkey, by whose public key the server knows the user."""
 
-    user: str | None = None
     password: str | None = None
     nkey_seed: str | None = None
 
-    def check(self) -> None:
+    def check(self, user: str | None) -> None:
         """Raise ConfigError if the seed is none, or cannot be used here."""
         if self.nkey_seed is None:
             return
@@ -31,14 +30,14 @@ class Login(msgspec.Struct, frozen=True, kw_only=True):
             nkeys.from_seed(bytearray(self.nkey_seed.encode())).wipe()
         except (nkeys.NkeysError, ValueError) as e:
             raise ConfigError(
-                f"The nkey_seed of the user {self.user or '(unnamed)'} is not one.",
+                f"The nkey_seed of the user {user or '(unnamed)'} is not one.",
                 next_step="A seed begins with SU; `bascule ops nats-config` makes them.",
             ) from e
 
 
-def unknown_user(url: str, login: Login) -> NotPermitted:
+def unknown_user(url: str, user: str | None) -> NotPermitted:
     return NotPermitted(
-        f"The server at {url} refuses the user {login.user or '(none)'}: authorization violation.",
+        f"The server at {url} refuses the user {user or '(none)'}: authorization violation.",
         next_step="Check the credentials: in the URL, or in the file that --credentials or BASCULE_CREDENTIALS names.",
     )
 
@@ -48,6 +47,14 @@ def untrusted(url: str, error: ssl.SSLError) -> LogError:
     return LogError(
         f"The certificate of the server at {url} is not trusted: {reason}.",
         next_step="Set BASCULE_TLS_CA to the certificate of the authority that signed it.",
+    )
+
+
+def plain(url: str) -> LogError:
+    return LogError(
+        f"The server at {url} offers no TLS, so nothing was sent to it.",
+        next_step="Have the server demand TLS (`bascule ops nats-config --tls-cert`), or use it in plain text by a "
+        "nats:// address and without BASCULE_TLS_CA.",
     )
 
 

@@ -15,15 +15,14 @@ from msgspec.structs import replace
 
 from bascule.runtime.log.dead_letters import NatsDeadLetters
 from bascule.runtime.log.link import TRANSIENT, Link
-from bascule.runtime.log.login import Login
+from bascule.runtime.log.login import Credential
 from bascule.runtime.log.permissions import ADMIN, USERS, inbox
 from bascule.runtime.log.protocol import Extent, Fence, NewEvent, Raw
 from bascule.runtime.log.pull import (
     BrokenFeedError,
     Inbox,
     feed,
-    feed_config,
-    made_or_retry,
+    make_feed,
     status_of,
 )
 from bascule.runtime.log.queues import NatsQueue, queue_config
@@ -59,6 +58,7 @@ class NatsLog:
         password: str | None = None,
         nkey_seed: str | None = None,
         ca: Path | None = None,
+        store: Path | None = None,
         name: str = "bascule",
         deadline: float = 20.0,
         lease: float = 10.0,
@@ -70,7 +70,8 @@ class NatsLog:
         Args:
             user: one of ``permissions.USERS``, or whom the server knows.
             nkey_seed: proves who the user is, instead of a password.
-            ca: certificates to trust instead of the system's.
+            ca: certificates to trust instead of the system's; TLS is then demanded, as by ``tls://``.
+            store: the server's folder of the streams, if it can be looked at.
             name: shown by the server's monitoring.
             deadline: seconds after which an operation gives up with LogUnavailable.
             lease: seconds that a work item stays with its worker without ``progress``.
@@ -80,14 +81,15 @@ class NatsLog:
             LogUnavailable: nothing answers.
             NotPermitted: the user is refused, or may not even read.
             LogError: a stream is missing, or is there with settings under which history could be lost.
+            Corrupt: a stream would be made in the place of one that is in ``store``.
         """
         link = Link(deadline=deadline, inbox=inbox(user))
-        login = Login(user=user, password=password, nkey_seed=nkey_seed)
-        await link.connect(url, login=login, ca=ca, name=name)
+        credential = Credential(password=password, nkey_seed=nkey_seed)
+        await link.connect(url, user=user, credential=credential, ca=ca, name=name)
         log = cls(link, lease=lease)
         try:
             make = user not in USERS or user == ADMIN
-            await open_streams(link, make=make, max_bytes=max_bytes, replicas=replicas)
+            await open_streams(link, make=make, max_bytes=max_bytes, replicas=replicas, store=store)
         except BaseException:
             await link.close()
             raise
@@ -168,7 +170,7 @@ class NatsLog:
         while True:
             name = f"feed-{secrets.token_hex(8)}"
             try:
-                await self._make_feed(name, filter_, last + 1)
+                await make_feed(self._link, STREAM, name, filter_, last + 1)
                 async with Inbox(self._link, STREAM, name).open() as inbox, aclosing(feed(inbox)) as found:
                     async for events in found:
                         if new := [e for e in events if e.seq > last]:
@@ -238,14 +240,6 @@ class NatsLog:
         message = answer["message"]
         payload = base64.b64decode(message.get("data", ""))
         return Raw(seq=message["seq"], subject=message["subject"], payload=payload)
-
-    async def _make_feed(self, name: str, filter_: str, start: int) -> None:
-        async def attempt() -> bool | None:
-            request = {"stream_name": STREAM, "config": {"name": name, **feed_config(filter_, start)}}
-            answer = await self._link.api(f"CONSUMER.CREATE.{STREAM}.{name}", request)
-            return made_or_retry(answer, f"A reader of {filter_}")
-
-        await self._link.persist(f"Following {filter_}", attempt)
 
 
 def _raise_if_final(error: dict[str, Any], mine: Sequence[Recorded]) -> None:

@@ -66,7 +66,7 @@ APPENDS: Final = {
             "run.run.end",
             "run.*.paused",
             "run.*.resumed",
-            "run.fork.forked",
+            "run.*.forked",
             "run.*.changed",
             "ablation.*.requested",
             "blob.*.erased",

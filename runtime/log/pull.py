@@ -13,7 +13,6 @@ from nats.aio.msg import Msg
 
 from bascule.runtime.log.link import TRANSIENT, Link
 from bascule.runtime.log.protocol import Raw
-from bascule.schemas.errors import LogError
 
 NANOSECONDS: Final = 1_000_000_000
 _FEED_BATCH: Final = 512
@@ -117,8 +116,8 @@ def places(msg: Msg) -> tuple[int, int]:
     return int(tokens[at]), int(tokens[at + 1])
 
 
-def feed_config(filter_: str, start: int) -> dict[str, Any]:
-    """An ephemeral consumer for one reader: in memory, without acknowledgements, from sequence ``start``."""
+def _feed_config(filter_: str, start: int) -> dict[str, Any]:
+    """In memory, without acknowledgements, from sequence ``start``."""
     return {
         "ack_policy": "none",
         "deliver_policy": "by_start_sequence",
@@ -177,15 +176,8 @@ async def feed(inbox: Inbox) -> AsyncGenerator[list[Raw], None]:
             raise problem
 
 
-def made_or_retry(answer: dict[str, Any], what: str) -> bool | None:
-    """True if a consumer was made; None asks for another try.
-
-    Raises:
-        LogError: the server will never make it.
-    """
-    error = answer.get("error")
-    if error is None:
-        return True
-    if error["code"] >= 500 or error["code"] == 404:
-        return None
-    raise LogError(f"{what} could not be made: {error['description']}.", next_step="Look into the server's log.")
+async def make_feed(link: Link, stream: str, name: str, filter_: str, start: int) -> int:
+    """Make an ephemeral consumer for one reader; how many events it has ahead."""
+    request = {"stream_name": stream, "config": {"name": name, **_feed_config(filter_, start)}}
+    made = await link.ask(f"Reading {filter_}", f"CONSUMER.CREATE.{stream}.{name}", request)
+    return int(made["num_pending"])

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import msgspec
 
-from bascule.runtime.log.link import TRANSIENT, Link
+from bascule.runtime.log.link import TRANSIENT, Link, settled
 from bascule.runtime.log.pull import (
     EXPIRED,
     NANOSECONDS,
@@ -17,7 +17,6 @@ from bascule.runtime.log.pull import (
     BrokenFeedError,
     Delivery,
     Inbox,
-    made_or_retry,
     places,
     status_of,
 )
@@ -149,16 +148,16 @@ class NatsQueue:
         """Make the consumer, again if it is another's or ``fresh`` is asked for."""
         name = self._config["durable_name"]
 
-        async def attempt() -> bool | None:
+        async def attempt() -> dict[str, Any] | None:
             found = await self._link.api(f"CONSUMER.INFO.{self._stream}.{name}", {})
             if "error" not in found:
                 if not fresh and not drifted(self._config, found["config"]):
-                    return True
+                    return found
                 await self._link.api(f"CONSUMER.DELETE.{self._stream}.{name}", {})
             made = await self._link.api(
                 f"CONSUMER.CREATE.{self._stream}.{name}",
                 {"stream_name": self._stream, "config": self._config},
             )
-            return made_or_retry(made, f"The work queue {name}")
+            return settled(made, f"The work queue {name}")
 
         await self._link.persist(f"Opening the work queue {name}", attempt)

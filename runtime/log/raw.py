@@ -5,12 +5,12 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from typing import Any, Final
+from typing import Final
 
 from bascule.runtime.log.link import TRANSIENT, Link
 from bascule.runtime.log.protocol import Extent, Raw
-from bascule.runtime.log.pull import BrokenFeedError, Inbox, feed_config, made_or_retry, places, status_of
-from bascule.schemas.errors import Corrupt, LogError, LogUnavailable
+from bascule.runtime.log.pull import BrokenFeedError, Inbox, make_feed, places, status_of
+from bascule.schemas.errors import Corrupt, LogUnavailable
 
 _BATCH: Final = 4096
 _SILENCE_SECONDS: Final = 15.0
@@ -20,16 +20,7 @@ _NO_MESSAGES: Final = "404"
 
 async def extent_of(link: Link, stream: str) -> Extent:
     """What the server says about the stream."""
-
-    async def attempt() -> dict[str, Any] | None:
-        answer = await link.api(f"STREAM.INFO.{stream}", {"deleted_details": True})
-        if "error" not in answer:
-            return answer
-        if answer["error"]["code"] >= 500:
-            return None
-        raise LogError(f"The stream {stream} cannot be looked at: {answer['error']['description']}.")
-
-    info = await link.persist(f"Looking at the stream {stream}", attempt)
+    info = await link.ask(f"Looking at the stream {stream}", f"STREAM.INFO.{stream}", {"deleted_details": True})
     state = info["state"]
     return Extent(
         log=info["config"].get("metadata", {}).get("bascule.log_id", ""),
@@ -52,7 +43,7 @@ async def read_raw(link: Link, stream: str, filter_: str) -> AsyncGenerator[Raw,
     for _ in range(_RESTARTS):
         name = f"raw-{secrets.token_hex(8)}"
         try:
-            pending = await _open(link, stream, name, filter_, last + 1)
+            pending = await make_feed(link, stream, name, filter_, last + 1)
             promised = pending if promised is None else promised
             async with Inbox(link, stream, name).open() as inbox, aclosing(_drain(inbox)) as parts:
                 async for part in parts:
@@ -74,20 +65,6 @@ async def read_raw(link: Link, stream: str, filter_: str) -> AsyncGenerator[Raw,
             f"The store counts {promised} events under {filter_} and gives out only {given}: its files are damaged.",
             next_step="Restore the store from a backup.",
         )
-
-
-async def _open(link: Link, stream: str, name: str, filter_: str, start: int) -> int:
-    """Make a consumer; how many events it has ahead."""
-    found: dict[str, Any] = {}
-
-    async def attempt() -> bool | None:
-        request = {"stream_name": stream, "config": {"name": name, **feed_config(filter_, start)}}
-        answer = await link.api(f"CONSUMER.CREATE.{stream}.{name}", request)
-        found.update(answer)
-        return made_or_retry(answer, f"A reader of {filter_}")
-
-    await link.persist(f"Reading {filter_}", attempt)
-    return int(found["num_pending"])
 
 
 async def _drain(inbox: Inbox) -> AsyncGenerator[list[Raw], None]:

@@ -12,6 +12,7 @@ from bascule.runtime.log.protocol import Fence, NewEvent
 from bascule.schemas.codec import MAX_EVENT_BYTES, decode
 from bascule.schemas.envelope import Recorded
 from bascule.schemas.errors import Conflict, SchemaError
+from bascule.schemas.subjects import is_event_subject
 
 MAX_BATCH = 1000
 
@@ -31,7 +32,7 @@ def matches(filter_: str, subject: str) -> bool:
 def _pattern(filter_: str) -> re.Pattern[str]:
     tokens = filter_.split(".")
     rest = [".*"] if tokens[-1] == ">" else []
-    parts = ("[^.]*" if token == "*" else re.escape(token) for token in tokens[: len(tokens) - len(rest)])
+    parts = ("[^.]*" if t == "*" else re.escape(t) for t in tokens[: len(tokens) - len(rest)])
     return re.compile(r"\.".join([*parts, *rest]), re.DOTALL)
 
 
@@ -41,7 +42,7 @@ def checked(events: Sequence[NewEvent], fence: Fence | None) -> list[Recorded]:
     Raises:
         ValueError: an empty or too long batch, one subject twice, or a fence that does not cover a single event.
         Corrupt: a payload that is not the envelope of its subject.
-        SchemaError: a payload over 512 KiB, or one that this version could not read back.
+        SchemaError: a subject that is none, a payload over 512 KiB, or one that this version could not read back.
     """
     if not 1 <= len(events) <= MAX_BATCH:
         raise ValueError(f"an append takes 1 to {MAX_BATCH} events, not {len(events)}")
@@ -51,6 +52,11 @@ def checked(events: Sequence[NewEvent], fence: Fence | None) -> list[Recorded]:
     if fence is not None and (len(events) != 1 or not matches(fence.filter, events[0].subject)):
         raise ValueError(f"the fence {fence.filter} is for one event under it")
     for e in events:
+        if not is_event_subject(e.subject):
+            raise SchemaError(
+                f"{e.subject!r} cannot be the subject of an event.",
+                next_step="It is bascule.<run>.<aggregate>.<id>.<event>, each 1 to 64 of a-z, 0-9, '-' and '_'.",
+            )
         if len(e.payload) > MAX_EVENT_BYTES:
             raise SchemaError(
                 f"The event {e.subject} is {len(e.payload)} bytes; the limit is {MAX_EVENT_BYTES}.",

@@ -18,7 +18,7 @@ from typing import Final
 
 import msgspec
 
-from bascule.runtime.log.config import MAX_FILE_STORE, configuration
+from bascule.runtime.log.config import LOG_ACCOUNT, MAX_FILE_STORE, configuration
 from bascule.runtime.log.home import (
     POLL_SECONDS,
     Connection,
@@ -121,7 +121,7 @@ class EmbeddedServer:
     def fault(self) -> str | None:
         """The last error in the server's own log since it was started.
 
-        After a write error (a full disk) nats-server answers, but stores nothing until :meth:`restart`; clients see
+        After a write error (a full disk) nats-server answers, but stores nothing until it is started again; clients see
         LogUnavailable. This tells whoever watches over it why.
         """
         try:
@@ -130,12 +130,6 @@ class EmbeddedServer:
             return None
         errors = [line.split(mark, 1)[1] for line in lines for mark in ("[FTL] ", "[ERR] ") if mark in line]
         return errors[-1] if errors else None
-
-    def restart(self) -> None:
-        """Start again on the same port, store and passwords, after the server was killed or crashed."""
-        port, passwords = self.connection.port, self.connection.passwords
-        self._kill()
-        self._launch(port, passwords)
 
     def stop(self) -> None:
         """End the server and release the home. Harmless when repeated."""
@@ -177,7 +171,10 @@ class EmbeddedServer:
             [self._binary, "-c", str(store / "server.conf"), "--ports_file_dir", str(store)], store, self._lock
         )
         url = self._await_ready(name, port)
-        self._connection = Connection(url=url, passwords=passwords, pid=self._process.pid, name=name)
+        streams = store / "jetstream" / LOG_ACCOUNT / "streams"
+        self._connection = Connection(
+            url=url, passwords=passwords, pid=self._process.pid, name=name, store=str(streams)
+        )
         write_private(self.home / "server.json", msgspec.json.encode(self._connection).decode())
 
     def _await_ready(self, name: str, port: int) -> str:

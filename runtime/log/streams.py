@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from bascule.schemas.codec import MAX_EVENT_BYTES
-from bascule.schemas.errors import LogError
+from bascule.schemas.errors import Corrupt, LogError
 from bascule.schemas.subjects import ROOT
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ DUPLICATE_WINDOW_SECONDS: Final = 7 * 86400
 _DEAD_LETTERS_SHARE: Final = 32
 
 # Error codes of the JetStream API.
-#: Something else is the newest under the subject, or under the filter that was named.
 WRONG_SEQUENCE: Final = (10071, 10164)
 _NO_STORAGE, _STREAM_NOT_FOUND, _STREAM_EXISTS, _STREAM_OFFLINE = 10047, 10059, 10058, 10194
 
@@ -79,22 +79,24 @@ def bucket_config(replicas: int) -> dict[str, Any]:
     }
 
 
-async def open_streams(link: Link, *, make: bool, max_bytes: int, replicas: int) -> None:
+async def open_streams(link: Link, *, make: bool, max_bytes: int, replicas: int, store: Path | None = None) -> None:
     """Check the log's streams, and that this user may read them.
 
     Args:
         make: make a stream that is not there.
         max_bytes, replicas: of streams that are made.
+        store: the server's folder of the streams, if it can be looked at.
 
     Raises:
+        Corrupt: a stream has its messages in ``store``, and the server does not know it.
         NotPermitted: the user may not read.
         LogError: a stream is not there and may not be made, or could lose history.
     """
     for config in (stream_config(max_bytes, replicas), dead_letters_config(max_bytes, replicas)):
-        await _open_stream(link, config, make=make)
+        await _open_stream(link, config, make=make, store=store)
 
     if make:
-        await open_bucket(link, replicas)
+        await open_bucket(link, replicas, store)
 
     async def readable() -> bool:
         # Under this subject nothing can be: an answer without content, or a refusal.
@@ -104,16 +106,17 @@ async def open_streams(link: Link, *, make: bool, max_bytes: int, replicas: int)
     await link.persist(f"Reading the stream {STREAM}", readable)
 
 
-async def open_bucket(link: Link, replicas: int | None = None) -> None:
+async def open_bucket(link: Link, replicas: int | None = None, store: Path | None = None) -> None:
     """Check the object store for blobs, and make it if it is not there and ``replicas`` is given.
 
     Raises:
         LogError: it is not there, or could lose blobs.
+        Corrupt: as :func:`open_streams`.
     """
-    await _open_stream(link, bucket_config(replicas or 1), make=replicas is not None)
+    await _open_stream(link, bucket_config(replicas or 1), make=replicas is not None, store=store)
 
 
-async def _open_stream(link: Link, config: dict[str, Any], *, make: bool) -> None:
+async def _open_stream(link: Link, config: dict[str, Any], *, make: bool, store: Path | None) -> None:
     name = config["name"]
 
     async def attempt() -> bool | None:
@@ -127,6 +130,8 @@ async def _open_stream(link: Link, config: dict[str, Any], *, make: bool) -> Non
                     f"The server has no stream {name}, and this user may not make it.",
                     next_step="`bascule ops init --url URL --credentials FILE` makes it as the user admin.",
                 )
+            if store is not None:
+                _refuse_to_replace(store / name)
             answer = await link.api(f"STREAM.CREATE.{name}", config)
         error = answer.get("error")
         if error is None:
@@ -148,6 +153,16 @@ async def _open_stream(link: Link, config: dict[str, Any], *, make: bool) -> Non
         raise LogError(f"The stream {name} could not be opened: {error['description']}.")
 
     await link.persist(f"Opening the stream {name}", attempt)
+
+
+def _refuse_to_replace(folder: Path) -> None:
+    """Raise Corrupt if ``folder`` holds messages: over them the server would make a new log, with a new identity."""
+    if any(block.stat().st_size for block in folder.glob("msgs/*.blk")):
+        raise Corrupt(
+            f"The server does not know the stream whose messages are in {folder}: its meta.inf or meta.sum is damaged.",
+            next_step="Stop the server and restore the folder from a backup, these two files at least. To begin a new "
+            "log instead, move the folder away.",
+        )
 
 
 def _check_stream(actual: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -170,3 +170,24 @@ def test_a_name_that_leaves_the_home_makes_no_folder(home: Path) -> None:
 
 def test_plugins_lists_what_each_provides(home: Path) -> None:
     assert "algorithm:grpo" in bascule(home, "plugins").stdout
+
+
+def test_pausing_says_so_to_people_and_programs(home: Path) -> None:
+    ended = bascule(home, "pause", "done", "--json")
+    assert ended.returncode == 3
+    assert "has ended already" in ended.stderr
+
+
+def test_verify_tells_a_run_from_an_export_of_that_name(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ex").mkdir()
+    found = bascule(home, "verify", "ex")
+    assert found.returncode == 3
+    assert "./ex" in found.stderr
+
+
+def test_dead_letters_of_an_unknown_run_are_not_simply_none(home: Path) -> None:
+    assert bascule(home, "dlq", "list", "nope").returncode == 3
+    assert bascule(home, "dlq", "list", "done").returncode == 0

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from bascule.runtime.export import open_export, verify_export
+from bascule.runtime.export_check import verify_export
+from bascule.runtime.export_reader import open_export
 from bascule.runtime.log.anchor import Anchor, anchor_path
 from bascule.runtime.log.blobs import FileBlobs
 from bascule.runtime.verify import Fault, verify

@@ -29,7 +29,7 @@ _PRODUCER = Producer(service="faults", version="0", hash="0")
 def event(subject: str, text: str) -> NewEvent:
     """An event whose bytes differ by ``text``."""
     draft = Draft(subject=subject, step=0, data=RunPaused(reason=text))
-    payload = encode(draft, run=subjects.run_of(subject), producer=_PRODUCER, time="2026-01-01T00:00:00Z", root=None)
+    payload = encode(draft, run=subject.split(".")[1], producer=_PRODUCER, time="2026-01-01T00:00:00Z", root=None)
     return NewEvent(subject=subject, payload=payload)
 
 

@@ -11,7 +11,7 @@ from typing import Final
 import msgspec
 
 from bascule.runtime.export_reader import Export
-from bascule.runtime.exporting import TarSink, write_export
+from bascule.runtime.export_writer import TarSink, write_export
 from bascule.runtime.log.anchor import Anchor, Head, anchor_path
 from bascule.runtime.log.blobs import FileBlobs
 from bascule.runtime.log.chain import Chain
@@ -50,7 +50,7 @@ async def make_original(folder: Path, rng: random.Random) -> None:
         await queue.close()
         with (folder / EXPORT).open("wb") as file:
             blobs = FileBlobs(home / "blobs" / RUNS[0])
-            await write_export(RUNS[0], log.read(f"bascule.{RUNS[0]}.>"), blobs, TarSink(file))
+            await write_export(RUNS[0], lambda: log.read(f"bascule.{RUNS[0]}.>"), blobs, TarSink(file))
 
 
 async def content(log: NatsLog, home: Path) -> Content:
@@ -95,7 +95,7 @@ async def _record(log: NatsLog, run: str, blobs: FileBlobs, rng: random.Random) 
 async def _append(log: NatsLog, chain: Chain, service: str, subject: str, data: Data) -> None:
     producer = Producer(service=service, version="0", hash="0")
     draft = Draft(subject=subject, step=0, data=data)
-    payload = encode(draft, run=subjects.run_of(subject), producer=producer, time=_TIME, root=None)
+    payload = encode(draft, run=subject.split(".")[1], producer=producer, time=_TIME, root=None)
     (recorded,) = await log.append([NewEvent(subject=subject, payload=payload)])
     chain.add(recorded)
 

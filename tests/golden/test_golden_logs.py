@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from bascule.plugins.loader import load_plugins
-from bascule.runtime.export import open_export, verify_export
+from bascule.runtime.export_check import verify_export
+from bascule.runtime.export_reader import open_export
 from bascule.runtime.replay import replay
 from bascule.schemas import events as ev
 from tests.golden.make import install_parity

@@ -7,10 +7,13 @@ import os
 import subprocess
 from pathlib import Path
 
+import msgspec
 import pytest
+from msgspec.structs import replace
 
 from bascule.runtime.log.anchor import Anchor, Head, anchor_path
 from bascule.runtime.log.guard import check_extent
+from bascule.runtime.log.notes import Line, digest
 from bascule.runtime.log.protocol import Extent
 from bascule.runtime.signing import KeyFile
 from bascule.schemas.errors import ConfigError, Corrupt, LogError
@@ -197,6 +200,28 @@ def test_an_unsigned_line_is_refused_where_signatures_are_demanded(written: Path
     Anchor(written).append(LOG, {"a": head(70)})
     with pytest.raises(Corrupt, match="line 7: it is not signed"):
         Anchor(written, trusted=mine.public_key).read()
+
+
+def forged(path: Path, *, key: str | None, signature: str | None) -> None:
+    """An anchor of one line that fits together, with this key and signature."""
+    Anchor(path).append(LOG, {"a": head(9)})
+    line = replace(msgspec.json.decode(path.read_bytes(), type=Line), key=key)
+    line = replace(line, all=digest(line, line.heads), signature=signature)
+    path.write_bytes(msgspec.json.encode(line) + b"\n")
+
+
+def test_a_key_without_its_signature_signs_nothing(path: Path, keys: dict[str, KeyFile]) -> None:
+    mine = keys["mine"].public_key
+    forged(path, key=mine, signature=None)
+    for trusted in (mine, None):
+        with pytest.raises(Corrupt, match="line 1: it has a key without a signature"):
+            Anchor(path, trusted=trusted).read()
+
+
+def test_a_signature_without_a_key_is_refused(path: Path) -> None:
+    forged(path, key=None, signature="00" * 64)
+    with pytest.raises(Corrupt, match=r"line 1: it has .* a signature without a key"):
+        Anchor(path).read()
 
 
 def test_an_anchor_written_anew_without_the_key_is_refused(path: Path, keys: dict[str, KeyFile]) -> None:

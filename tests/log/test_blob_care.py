@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from bascule.runtime.blob_care import collect, marked, names, refs_of, standings
+from bascule.runtime.blob_care import collect, references, refs_of, standings
 from bascule.runtime.log.blobs import FileBlobs
 from bascule.schemas import events as ev
 from bascule.schemas import subjects
@@ -227,10 +227,25 @@ async def test_an_event_of_an_unknown_type_keeps_every_blob_that_it_may_name(sto
     assert await gc(store, [decode(1, event.subject, newer)]) == ()
 
 
+async def test_what_an_unknown_type_may_name_is_not_missed_where_it_is_not() -> None:
+    ref = ev.BlobRef(sha256="c" * 64, size=3, media="text/plain")
+    event = logged(1, ref)
+    newer = event.payload.replace(b"bascule.trajectory.logged", b"bascule.trajectory.painted")
+    found = await references(stream([decode(1, event.subject, newer)]))
+    assert (found.retained, found.suspected, found.ref(ref.sha256)) == (set(), {ref.sha256: ref}, ref)
+
+
+async def test_only_checkpoints_of_open_jobs_may_yet_be_discarded() -> None:
+    adapter, state = (ev.BlobRef(sha256=c * 64, size=1) for c in "ab")
+    under_way = [logged(1, adapter), checkpointed(2, 0, adapter, state)]
+    assert (await references(stream(under_way))).passing == {state.sha256}
+    assert (await references(stream([*under_way, published(3, adapter)]))).passing == set()
+
+
 async def test_what_is_erased_needs_no_blob() -> None:
     ref = ev.BlobRef(sha256="c" * 64, size=1)
-    assert marked([logged(1, ref)]) == {ref.sha256}
-    assert marked([logged(1, ref), erased(2, ref.sha256)]) == set()
+    assert (await references(stream([logged(1, ref)]))).retained == {ref.sha256}
+    assert (await references(stream([logged(1, ref), erased(2, ref.sha256)]))).retained == set()
 
 
 async def test_standings_tell_kept_erased_missing_and_discarded(store: FileBlobs) -> None:
@@ -255,7 +270,7 @@ async def test_standings_tell_kept_erased_missing_and_discarded(store: FileBlobs
         (passed.sha256, "discarded", 4),
     ]
     assert besides == 1
-    assert unnamed.sha256 not in names(events).mentions
+    assert unnamed.sha256 not in (await references(stream(events))).referenced
 
 
 def test_no_event_type_names_a_blob_where_nobody_looks() -> None:

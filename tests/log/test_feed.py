@@ -6,11 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from itertools import islice
+from typing import Any
 
 import nats
 import pytest
 from nats.aio.msg import Msg
 
+from bascule.runtime.log import nats as module
 from bascule.runtime.log import pull
 from bascule.runtime.log.nats import NatsLog
 from bascule.runtime.log.protocol import NewEvent, Raw
@@ -120,8 +122,8 @@ async def test_a_reader_outlives_its_requests_without_a_new_consumer(
 
     monkeypatch.setattr(pull, "status_of", status_of)
     made: list[str] = []
-    make = log._make_feed
-    monkeypatch.setattr(log, "_make_feed", lambda name, *rest: (made.append(name), make(name, *rest))[1])
+    make = module.make_feed
+    monkeypatch.setattr(module, "make_feed", lambda *args: (made.append(args[2]), make(*args))[1])
     new = iter(new_events("outlives", 40))
     async with asyncio.timeout(30), aclosing(log.follow("bascule.outlives.>")) as events:
         for _ in range(4):
@@ -131,6 +133,22 @@ async def test_a_reader_outlives_its_requests_without_a_new_consumer(
             wanted = await log.append(list(islice(new, 10)))
             assert [await reading, *[await anext(events) for _ in wanted[1:]]] == wanted
     assert len(made) == 1
+
+
+async def test_a_read_goes_to_the_end_that_the_leader_knows_though_a_replica_lags(
+    log: NatsLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = await log.append(new_events("lags", 4))
+    request = log.link.request
+
+    async def lagging(subject: str, *args: Any, **options: Any) -> Msg:
+        if "DIRECT.GET" in subject:
+            return Msg(log.link._nc, headers={"Status": "404"})
+        return await request(subject, *args, **options)
+
+    monkeypatch.setattr(log.link, "request", lagging)
+    assert await log.head("bascule.lags.>") == there[-1].seq
+    assert [event async for event in log.read("bascule.lags.>")] == there
 
 
 async def test_events_before_one_that_cannot_be_read_are_given(log: NatsLog, blob_server: EmbeddedServer) -> None:

@@ -25,8 +25,9 @@ from bascule.runtime.log.streams import STREAM, stream_config
 from bascule.schemas import subjects
 from bascule.schemas.codec import encode
 from bascule.schemas.envelope import Draft, Producer, Recorded
-from bascule.schemas.errors import Conflict, Corrupt, LogError, LogUnavailable
+from bascule.schemas.errors import Conflict, Corrupt, LogError, LogUnavailable, SchemaError
 from bascule.schemas.events import RunPaused
+from tests.log.restarts import restart
 
 PRODUCER = Producer(service="test", version="0", hash="0")
 MakeLog = Callable[..., Awaitable[EventLog]]
@@ -34,7 +35,7 @@ MakeLog = Callable[..., Awaitable[EventLog]]
 
 def event(subject: str, reason: str = "because") -> NewEvent:
     draft = Draft(subject=subject, step=0, data=RunPaused(reason=reason))
-    payload = encode(draft, run=subjects.run_of(subject), producer=PRODUCER, time="2026-01-01T00:00:00Z", root=None)
+    payload = encode(draft, run=subject.split(".")[1], producer=PRODUCER, time="2026-01-01T00:00:00Z", root=None)
     return NewEvent(subject=subject, payload=payload)
 
 
@@ -400,7 +401,7 @@ async def test_what_was_acknowledged_survives_the_death_of_the_server(own_server
     recorded = [r for i in range(20) for r in await log.append([pause(run, i)])]
     recorded += await log.append([pause(run, i) for i in range(20, 40)])
     os.kill(own_server.pid, signal.SIGKILL)
-    own_server.restart()
+    restart(own_server)
     assert await collected(log.read(f"bascule.{run}.>")) == recorded
     await log.close()
 
@@ -414,7 +415,7 @@ async def test_append_follow_and_work_go_on_over_the_death_of_the_server(own_ser
             appends = [asyncio.create_task(log.append([pause(run, 10 * round_ + i)])) for i in range(10)]
             await asyncio.wait(appends, return_when=asyncio.FIRST_COMPLETED)
             os.kill(own_server.pid, signal.SIGKILL)
-            own_server.restart()
+            restart(own_server)
             recorded = [r for (r,) in await asyncio.gather(*appends)]
             assert not any(r.duplicate for r in recorded)
             followed = await first(events, 10)
@@ -532,3 +533,14 @@ async def test_a_missing_permission_reaches_the_caller_as_such(tmp_path: Path, r
             await log.close()
         finally:
             process.kill()
+
+
+@pytest.mark.parametrize(
+    "token", [">", "*", "A", "é", "x" * 65, "", "a b", "a\r\nPUB x 0"], ids=["tail", "any", "upper", "accent", "long",
+    "empty", "space", "line"],
+)  # fmt: skip
+async def test_a_subject_that_is_none_is_refused_before_anything_is_sent(log: EventLog, token: str) -> None:
+    subject = f"bascule.run.traj.{token}.logged"
+    with pytest.raises(SchemaError, match="cannot be the subject"):
+        await log.append([NewEvent(subject=subject, payload=b"{}")])
+    assert await log.head("bascule.run.>") == 0

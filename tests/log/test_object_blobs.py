@@ -16,6 +16,7 @@ from bascule.runtime.log.object_blobs import ObjectBlobs
 from bascule.runtime.log.server import EmbeddedServer
 from bascule.schemas.errors import Corrupt, Erased, NotFound, NotPermitted
 from tests.log.blob_kits import BrokerKit
+from tests.log.restarts import restart
 
 LARGE = hashlib.shake_256(b"large").digest(2 * CHUNK_BYTES + 7)
 
@@ -105,7 +106,7 @@ async def test_erased_bytes_are_not_in_the_servers_files_any_more(tmp_path: Path
         assert found()
         await store.erase(ref.sha256)
         assert not found()
-        server.restart()
+        restart(server)
         with pytest.raises(Erased):
             await store.get(ref)
         await log.close()

@@ -16,8 +16,9 @@ import pytest
 from typer.testing import CliRunner
 
 from bascule.runtime.cli.app import app
-from bascule.runtime.log.access import Access, Credential, embedded_access, read_credentials
+from bascule.runtime.log.access import Access, embedded_access, read_credentials
 from bascule.runtime.log.dead_letters import DeadLetter
+from bascule.runtime.log.login import Credential
 from bascule.runtime.log.nats import NatsLog
 from bascule.runtime.log.object_blobs import ObjectBlobs
 from bascule.runtime.log.permissions import ADMIN, APPENDS, CLI, READER, SERVICES, USERS, inbox, may_append
@@ -28,6 +29,7 @@ from bascule.schemas.codec import encode
 from bascule.schemas.envelope import Draft, Producer
 from bascule.schemas.errors import Erased, LogError, NotPermitted
 from bascule.schemas.events import RunPaused
+from tests.log.restarts import restart
 
 Open = Callable[[str], Awaitable[NatsLog]]
 
@@ -39,7 +41,7 @@ def examples(run: str) -> dict[str, set[str]]:
         subjects.run_end(run): {"cli", "meta", "feedback"},
         subjects.run_paused(run, 1): {"cli"},
         subjects.run_resumed(run, 1): {"cli"},
-        subjects.run_forked(run): {"cli"},
+        subjects.run_forked(run, 1): {"cli"},
         subjects.runtime_changed(run, 1): {"cli"},
         subjects.ablation_requested(run, "constant"): {"cli"},
         subjects.blob_erased(run, "ab" * 32): {"cli"},
@@ -248,13 +250,16 @@ async def test_a_service_buries_its_own_dead_letters_and_a_person_retries_them(a
 async def test_blobs_on_the_broker_are_written_by_services_read_by_all_and_erased_from_the_command_line(
     as_user: Open, run: str
 ) -> None:
-    blobs = {user: ObjectBlobs((await as_user(user)).link, run) for user in ("rollout", "trainer", READER, CLI)}
+    blobs = {
+        user: ObjectBlobs((await as_user(user)).link, run) for user in ("rollout", "trainer", "feedback", READER, CLI)
+    }
     ref = await blobs["rollout"].put(b"tokens")
     await blobs["trainer"].put(b"weights")
     assert await blobs[READER].get(ref) == b"tokens"
     async with asyncio.timeout(1):
-        with pytest.raises(NotPermitted):
-            await blobs[READER].put(b"mine")
+        for user in (READER, "feedback"):
+            with pytest.raises(NotPermitted):
+                await blobs[user].put(b"mine")
         with pytest.raises(NotPermitted):
             await blobs["rollout"].erase(ref.sha256)
     await blobs[CLI].erase(ref.sha256)
@@ -435,7 +440,7 @@ async def test_services_go_on_where_they_were_when_the_server_was_killed(tmp_pat
                 await rollout.append([event(run, subjects.trajectory_logged(run, name))])
                 assert (await anext(events)).subject == subjects.trajectory_logged(run, name)
                 server._process.kill()  # type: ignore[union-attr]
-                server.restart()
+                restart(server)
             await rollout.append([event(run, subjects.trajectory_logged(run, "c"))])
             assert (await anext(events)).subject == subjects.trajectory_logged(run, "c")
         for log in (rollout, reader):

@@ -18,10 +18,16 @@ import msgspec
 import pytest
 
 from bascule.runtime.log import server as module
-from bascule.runtime.log.home import server_name
-from bascule.runtime.log.permissions import USERS
+from bascule.runtime.log.access import embedded_access
+from bascule.runtime.log.home import server_name, write_private
+from bascule.runtime.log.permissions import ADMIN, USERS
+from bascule.runtime.log.protocol import NewEvent
 from bascule.runtime.log.server import Connection, EmbeddedServer, attach
-from bascule.schemas.errors import LogError
+from bascule.schemas.codec import encode
+from bascule.schemas.envelope import Draft, Producer
+from bascule.schemas.errors import Corrupt, LogError
+from bascule.schemas.events import RunPaused
+from tests.log.restarts import restart
 
 OWNER = textwrap.dedent(
     """
@@ -166,7 +172,7 @@ def test_a_killed_server_restarts_where_its_clients_look_for_it(tmp_path: Path) 
         os.kill(server.pid, signal.SIGKILL)
         assert server.wait() == -signal.SIGKILL
         assert not server.alive
-        server.restart()
+        restart(server)
         assert (server.url, server.connection.passwords) == (before.url, before.passwords)
         assert attach(tmp_path) == server.connection
     finally:
@@ -246,6 +252,53 @@ def test_a_server_that_fails_gives_its_own_reason(tmp_path: Path) -> None:
     (tmp_path / "nats" / "jetstream").write_text("a file in its place")
     with pytest.raises(LogError, match="did not start: Can't start JetStream: storage directory is not a directory"):
         EmbeddedServer.start(tmp_path)
+
+
+@pytest.mark.parametrize("damaged", ["meta.inf", "meta.sum"])
+async def test_a_stream_that_the_server_lost_sight_of_is_not_made_anew(tmp_path: Path, damaged: str) -> None:
+    server = EmbeddedServer.start(tmp_path)
+    try:
+        log = await embedded_access(server.connection).connect(ADMIN)
+        payload = encode(
+            Draft(subject="bascule.r.run.run.end", step=0, data=RunPaused(reason="-")),
+            run="r",
+            producer=Producer(service="cli", version="0", hash="0"),
+            time="-",
+            root=None,
+        )
+        (stored,) = await log.append([NewEvent(subject="bascule.r.run.run.end", payload=payload)])
+        before = await log.extent()
+        await log.close()
+        server.stop()
+        (file,) = tmp_path.rglob(f"streams/BASCULE/{damaged}")
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        server = EmbeddedServer.start(tmp_path)
+        with pytest.raises(Corrupt, match=rf"does not know the stream .*{file.parent}.* restore the folder"):
+            await embedded_access(server.connection).connect(ADMIN)
+        server.stop()
+        file.write_bytes(whole)
+        server = EmbeddedServer.start(tmp_path)
+        log = await embedded_access(server.connection).connect(ADMIN)
+        assert (await log.extent(), await log.get(stored.subject)) == (before, stored)
+        await log.close()
+    finally:
+        server.stop()
+
+
+def test_a_private_file_is_on_the_disk_before_it_has_its_name_and_so_is_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[str, bool]] = []
+
+    def fsync(fd: int) -> None:
+        synced.append((os.readlink(f"/proc/self/fd/{fd}"), (tmp_path / "file").exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_private(tmp_path / "file", "text")
+    assert [named for _, named in synced] == [False, True]
+    assert synced[1][0] == str(tmp_path)
+    assert ((tmp_path / "file").read_text(), (tmp_path / "file").stat().st_mode & 0o777) == ("text", 0o600)
 
 
 def test_what_a_crash_left_in_the_home_is_no_obstacle(tmp_path: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from bascule.plugins.loader import plugins
 from bascule.runtime.cli.launch import configure, preflight
-from bascule.runtime.exporting import TarSink, write_export
+from bascule.runtime.export_writer import TarSink, write_export
 from bascule.runtime.log.blobs import OCTETS, FileBlobs, ref_of
 from bascule.runtime.log.memory import MemoryLog
 from bascule.runtime.log.protocol import NewEvent
@@ -95,6 +96,11 @@ async def sample(blobs: FileBlobs, *, run: str = RUN, reward: float = 1.0, secon
     return [new_event(*event) for event in events]
 
 
+def with_open_job(events: Sequence[NewEvent]) -> list[NewEvent]:
+    """The sample before its adapter was published: the training job has done two updates."""
+    return [e for e in events if not e.subject.endswith(".outcome")]
+
+
 async def log_of(events: Sequence[NewEvent], *, before: int = 0) -> MemoryLog:
     """A log with these events, after ``before`` ones of another run."""
     log = MemoryLog()
@@ -114,6 +120,6 @@ async def export_file(
     signer: Signer | None = None,
 ) -> Path:
     with path.open("wb") as out:
-        events = log.read(f"bascule.{run}.>")
-        await write_export(run, events, blobs, TarSink(out), with_blobs=with_blobs, signer=signer)
+        read = partial(log.read, f"bascule.{run}.>")
+        await write_export(run, read, blobs, TarSink(out), with_blobs=with_blobs, signer=signer)
     return path

@@ -17,10 +17,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from bascule.runtime.archive import END, header, padding
-from bascule.runtime.export import open_export, verify_export
-from bascule.runtime.exporting import FolderSink, TarSink, write_export
-from bascule.runtime.log.blobs import FileBlobs
+from bascule.runtime.export_check import verify_export
+from bascule.runtime.export_reader import open_export
+from bascule.runtime.export_writer import FolderSink, TarSink, write_export
+from bascule.runtime.log.blobs import OCTETS, FileBlobs, Stored, ref_of
+from bascule.runtime.log.protocol import NewEvent
+from bascule.runtime.manifest import encode_manifest, parse_manifest
 from bascule.runtime.signing import KeyFile, Signer
+from bascule.schemas import subjects
 from bascule.schemas.errors import ConfigError, Corrupt, LogError, NotFound, SchemaError
 from bascule.schemas.events import BlobRef
 from tests.runtime import sample
@@ -48,7 +52,7 @@ async def tar(tmp_path: Path, blobs: FileBlobs) -> Path:
 async def folder(tmp_path: Path, blobs: FileBlobs) -> Path:
     log = await log_of(await sample.sample(blobs))
     sink = FolderSink(tmp_path / "folder")
-    await write_export(sample.RUN, log.read(f"bascule.{sample.RUN}.>"), blobs, sink)
+    await write_export(sample.RUN, lambda: log.read(f"bascule.{sample.RUN}.>"), blobs, sink)
     return tmp_path / "folder"
 
 
@@ -93,7 +97,7 @@ async def test_an_export_holds_the_recorded_bytes_the_chain_and_the_blobs_that_a
     assert content.pop("events.jsonl") == b"".join(e.payload + b"\n" for e in events)
     heads = content.pop("chain.txt").decode().splitlines()
     assert (len(heads), heads[-1]) == (len(events), manifest["head"])
-    assert sorted(content.values()) == sorted((sample.TRAJECTORY, sample.ADAPTER, sample.NEWEST))
+    assert sorted(content.values()) == sorted((sample.TRAJECTORY, sample.ADAPTER))
     assert list(content) == sorted(content)
     assert [b["size"] for b in manifest["blobs"] if b.get("erased")] == [len(sample.ERASED)]
     assert faults(tar) == []
@@ -116,6 +120,87 @@ async def test_without_blobs_they_are_named_as_left_out(tmp_path: Path, blobs: F
         assert not any(b.included for b in found.manifest.blobs)
 
 
+async def contents(path: Path) -> list[bytes]:
+    assert faults(path) == []
+    with open_export(path) as found:
+        return sorted(found.blob(b) for b in found.manifest.blobs if b.included)
+
+
+async def test_of_an_open_training_job_the_newest_checkpoint_is_included_and_no_older_one(
+    tmp_path: Path, blobs: FileBlobs
+) -> None:
+    log = await log_of(sample.with_open_job(await sample.sample(blobs)))
+    await blobs.put(sample.GONE)  # not discarded yet
+    path = await export_file(tmp_path / "run.tar", log, blobs)
+    assert await contents(path) == sorted((sample.TRAJECTORY, sample.ADAPTER, sample.NEWEST))
+
+
+async def test_an_export_without_the_newest_checkpoint_of_an_open_job_is_not_intact(
+    tmp_path: Path, blobs: FileBlobs
+) -> None:
+    log = await log_of(sample.with_open_job(await sample.sample(blobs)))
+    await write_export(sample.RUN, lambda: log.read("bascule.sample.>"), blobs, FolderSink(tmp_path / "f"))
+    newest = ref_of(sample.NEWEST, OCTETS).sha256
+    path = tmp_path / "f" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["blobs"] = [b for b in manifest["blobs"] if b["sha256"] != newest]
+    path.write_bytes(msgspec.json.encode(manifest) + b"\n")
+    (tmp_path / "f" / "blobs" / newest).unlink()
+    assert any(newest in what and "is not in the manifest" in what for _, _, what in faults(tmp_path / "f"))
+
+
+async def test_a_run_that_goes_on_is_exported_up_to_its_newest_event_at_the_time(
+    tmp_path: Path, blobs: FileBlobs
+) -> None:
+    """And no event or blob of what comes after that gets in."""
+    *events, last = await sample.sample(blobs)
+    log = await log_of(events)
+
+    class GoingOn(FileBlobs):
+        async def list(self) -> tuple[Stored, ...]:
+            await log.append([last])
+            return await super().list()
+
+    erased = ref_of(sample.ERASED, OCTETS)
+    (blobs.path(erased.sha256).with_name(f"{erased.sha256}.erased")).unlink()
+    await blobs.put(sample.ERASED)
+    path = await export_file(tmp_path / "run.tar", log, GoingOn(blobs.root))
+    assert await contents(path) == sorted((sample.TRAJECTORY, sample.ADAPTER, sample.ERASED))
+    with open_export(path) as found:
+        assert list(found.lines()) == [e.payload for e in events]
+
+
+async def test_a_checkpoint_that_is_superseded_while_it_is_exported_gives_an_export_of_the_newer_one(
+    tmp_path: Path, blobs: FileBlobs
+) -> None:
+    events = sample.with_open_job(await sample.sample(blobs))
+    newer = next(e for e in events if e.subject == subjects.adapter_checkpointed(sample.RUN, 1, 2))
+    log = await log_of([e for e in events if e is not newer])
+    older = await blobs.put(sample.GONE)
+
+    class Training(FileBlobs):
+        async def list(self) -> tuple[Stored, ...]:
+            await log.append([newer])
+            await self.discard(older)
+            return await super().list()
+
+    path = await export_file(tmp_path / "run.tar", log, Training(blobs.root))
+    assert await contents(path) == sorted((sample.TRAJECTORY, sample.ADAPTER, sample.NEWEST))
+
+
+async def test_a_blob_that_an_event_of_an_unknown_type_names_is_included_if_it_is_there(
+    tmp_path: Path, blobs: FileBlobs
+) -> None:
+    events = await sample.sample(blobs)
+    payload = events[1].payload.replace(b"bascule.trajectory.logged", b"bascule.trajectory.painted")
+    events[1] = NewEvent(subject=events[1].subject, payload=payload)
+    log = await log_of(events)
+    path = await export_file(tmp_path / "a.tar", log, blobs)
+    assert await contents(path) == sorted((sample.TRAJECTORY, sample.ADAPTER))
+    await blobs.discard(ref_of(sample.TRAJECTORY, "application/json"))
+    assert await contents(await export_file(tmp_path / "b.tar", log, blobs)) == [sample.ADAPTER]
+
+
 async def test_a_missing_blob_fails_the_export_before_anything_is_written(tmp_path: Path, blobs: FileBlobs) -> None:
     log = await log_of(await sample.sample(blobs))
     with open_export(await export_file(tmp_path / "run.tar", log, blobs)) as found:
@@ -123,7 +208,7 @@ async def test_a_missing_blob_fails_the_export_before_anything_is_written(tmp_pa
     await blobs.discard(BlobRef(sha256=sha256, size=len(sample.TRAJECTORY)))
     out = io.BytesIO()
     with pytest.raises(NotFound, match=sha256):
-        await write_export(sample.RUN, log.read("bascule.sample.>"), blobs, TarSink(out))
+        await write_export(sample.RUN, lambda: log.read("bascule.sample.>"), blobs, TarSink(out))
     assert out.getvalue() == b""
 
 
@@ -134,7 +219,7 @@ async def test_a_damaged_blob_leaves_a_tar_that_nobody_takes_for_whole(tmp_path:
             path.write_bytes(b"x" * path.stat().st_size)
     out = io.BytesIO()
     with pytest.raises(Corrupt):
-        await write_export(sample.RUN, log.read("bascule.sample.>"), blobs, TarSink(out))
+        await write_export(sample.RUN, lambda: log.read("bascule.sample.>"), blobs, TarSink(out))
     with pytest.raises(Corrupt):
         open_export(io.BytesIO(out.getvalue()))
 
@@ -372,10 +457,24 @@ async def test_a_signature_is_checked_against_the_trusted_key(
         faults(signed)
 
 
+async def test_a_key_without_a_signature_does_not_make_a_manifest_signed(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private, public = key_pair(tmp_path, "a")
+    path = folder / "manifest.json"
+    manifest = msgspec.structs.replace(parse_manifest(path.read_bytes()), public_key=KeyFile(private).public_key)
+    path.write_bytes(encode_manifest(manifest))
+    assert ["signature" in what for _, _, what in faults(folder)] == [True]
+    monkeypatch.setenv("BASCULE_VERIFY_KEY", str(public))
+    assert ["not signed" in what for _, _, what in faults(folder)] == [True]
+
+
 async def test_a_signed_manifest_cannot_be_changed(tmp_path: Path, blobs: FileBlobs) -> None:
     log = await log_of(await sample.sample(blobs))
     signer = KeyFile(key_pair(tmp_path, "a")[0])
-    await write_export(sample.RUN, log.read("bascule.sample.>"), blobs, FolderSink(tmp_path / "f"), signer=signer)
+    await write_export(
+        sample.RUN, lambda: log.read("bascule.sample.>"), blobs, FolderSink(tmp_path / "f"), signer=signer
+    )
     path = tmp_path / "f" / "manifest.json"
     path.write_bytes(path.read_bytes().replace(b'"erased":true', b'"omitted":true'))
     assert any("signature" in what for _, _, what in faults(tmp_path / "f"))

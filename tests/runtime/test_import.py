@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bascule.runtime import importing
-from bascule.runtime.export import Export, open_export
-from bascule.runtime.importing import import_export
-from bascule.runtime.log.blobs import FileBlobs
+from bascule.runtime.blob_care import BlobReferences
+from bascule.runtime.cli import launch
+from bascule.runtime.cli.store import Store
+from bascule.runtime.export_reader import Export, open_export
+from bascule.runtime.importing import append_all, import_export, unfinished
+from bascule.runtime.log.blobs import OCTETS, FileBlobs, ref_of
 from bascule.runtime.log.memory import MemoryLog
-from bascule.runtime.log.protocol import NewEvent
-from bascule.runtime.manifest import NamedBlobs
+from bascule.runtime.log.protocol import Fence, NewEvent
 from bascule.schemas import events as ev
 from bascule.schemas import subjects
-from bascule.schemas.errors import ConfigError, Corrupt, Erased
+from bascule.schemas.envelope import Recorded
+from bascule.schemas.errors import ConfigError, Corrupt, Erased, LogUnavailable
 from tests.runtime import sample
 from tests.runtime.sample import export_file, log_of, new_event
 
@@ -53,19 +57,141 @@ async def test_an_imported_run_is_exported_again_to_the_same_bytes(
 ) -> None:
     log = await log_of([new_event("cli", subjects.run_paused("another", 0), ev.RunPaused(reason=""))])
     with open_export(tar) as found:
-        done = await import_export(found, log, theirs)
-        assert (done.events, done.added, done.blobs) == (9, 9, 3)
-        named = NamedBlobs()
+        done = await import_export(found, log, theirs, home=theirs.root.parent)
+        assert (done.events, done.added, done.blobs) == (9, 9, 2)
+        refs = BlobReferences()
         for event in found.events():
-            named.add(event)
+            refs.apply(event)
     assert (await export_file(tmp_path / "again.tar", log, theirs)).read_bytes() == tar.read_bytes()
-    contents = {await theirs.get(ref) for sha, ref in named.all.items() if sha not in named.erased and ref.size != 17}
-    assert contents == {sample.TRAJECTORY, sample.ADAPTER, sample.NEWEST}
+    contents = {await theirs.get(refs.referenced[sha256].ref) for sha256 in refs.retained}
+    assert contents == {sample.TRAJECTORY, sample.ADAPTER}
+
+
+async def test_a_run_with_an_open_training_job_is_exported_again_to_the_same_bytes_and_can_go_on(
+    tmp_path: Path, mine: FileBlobs, theirs: FileBlobs
+) -> None:
+    source = await log_of(sample.with_open_job(await sample.sample(mine)))
+    await mine.put(sample.GONE)  # a checkpoint that is not discarded yet
+    first, log = await export_file(tmp_path / "run.tar", source, mine), MemoryLog()
+    with open_export(first) as found:
+        await import_export(found, log, theirs, home=tmp_path)
+    assert (await export_file(tmp_path / "again.tar", log, theirs)).read_bytes() == first.read_bytes()
+    assert await theirs.get(ref_of(sample.NEWEST, OCTETS)) == sample.NEWEST
+
+
+async def test_a_blob_of_an_event_of_an_unknown_type_goes_along(
+    tmp_path: Path, mine: FileBlobs, theirs: FileBlobs
+) -> None:
+    events = await sample.sample(mine)
+    payload = events[1].payload.replace(b"bascule.trajectory.logged", b"bascule.trajectory.painted")
+    events[1] = NewEvent(subject=events[1].subject, payload=payload)
+    first, log = await export_file(tmp_path / "run.tar", await log_of(events), mine), MemoryLog()
+    with open_export(first) as found:
+        await import_export(found, log, theirs, home=tmp_path)
+    assert (await export_file(tmp_path / "again.tar", log, theirs)).read_bytes() == first.read_bytes()
+    assert await theirs.get(ref_of(sample.TRAJECTORY, "")) == sample.TRAJECTORY
+
+
+class CutShort(MemoryLog):
+    """A log that fails after so many appends."""
+
+    def __init__(self, appends: int) -> None:
+        super().__init__()
+        self.left = appends
+
+    async def append(self, events: Sequence[NewEvent], *, fence: Fence | None = None) -> list[Recorded]:
+        if not self.left:
+            raise LogUnavailable("The connection is lost.")
+        self.left -= 1
+        return await super().append(events, fence=fence)
+
+
+class Told(Exception):
+    """Something was said."""
+
+
+@pytest.mark.parametrize("appends", range(4))
+async def test_no_service_touches_a_run_that_is_there_only_in_part(
+    tar: Path, tmp_path: Path, theirs: FileBlobs, monkeypatch: pytest.MonkeyPatch, appends: int
+) -> None:
+    monkeypatch.setattr(importing, "MAX_BATCH", 2)
+    log = CutShort(appends)
+    store = Store(tmp_path, log, owner=True, writers={})
+    with open_export(tar) as found, pytest.raises(LogUnavailable):
+        await import_export(found, log, theirs, home=tmp_path)
+    assert unfinished(tmp_path, sample.RUN)
+    refused = pytest.raises(ConfigError, match=r"import of sample.*cut short.*Import it again")
+    with refused:
+        await launch.work(store, sample.RUN, [])
+    if appends:
+        with refused:
+            await launch.end(store, sample.RUN, cancel=True, reason="")
+        told: list[str] = []
+
+        def say(text: str) -> None:
+            told.append(text)
+            raise Told
+
+        with pytest.RaisesGroup(Told):
+            await launch.serve_forever(store, launch.service_named("meta"), None, say)
+        assert told == ["sample: it is not whole yet. Looking again in 1 s."]
+    log.left = 9
+    with open_export(tar) as found:
+        await import_export(found, log, theirs, home=tmp_path)
+    assert not unfinished(tmp_path, sample.RUN)
+    assert launch.view_of(store, sample.RUN)
+
+
+async def test_a_run_is_marked_as_written_in_part_before_its_first_event(tmp_path: Path, mine: FileBlobs) -> None:
+    """So also a what-if, which is written in the same way."""
+    seen: list[bool] = []
+
+    class Looking(MemoryLog):
+        async def append(self, events: Sequence[NewEvent], *, fence: Fence | None = None) -> list[Recorded]:
+            seen.append(unfinished(tmp_path, sample.RUN))
+            return await super().append(events, fence=fence)
+
+    await append_all(Looking(), await sample.sample(mine), home=tmp_path, run=sample.RUN)
+    assert (seen, unfinished(tmp_path, sample.RUN)) == ([True], False)
+
+
+async def test_a_run_that_is_whole_is_left_to_its_services_when_it_is_imported_again(
+    tar: Path, tmp_path: Path, theirs: FileBlobs, mine: FileBlobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = await log_of(await sample.sample(mine))
+    monkeypatch.setattr(importing, "durable_write", None)
+    with open_export(tar) as found:
+        assert (await import_export(found, log, theirs, home=tmp_path)).added == 0
+    assert not unfinished(tmp_path, sample.RUN)
+
+
+async def test_a_run_whose_last_event_came_in_before_the_cut_is_whole_after_the_next_import(
+    tar: Path, tmp_path: Path, theirs: FileBlobs
+) -> None:
+    class Stopped(MemoryLog):
+        async def append(self, events: Sequence[NewEvent], *, fence: Fence | None = None) -> list[Recorded]:
+            await super().append(events, fence=fence)
+            raise LogUnavailable("The acknowledgement is lost.")
+
+    log = Stopped()
+    for refused in (pytest.raises(LogUnavailable), nullcontext()):
+        with open_export(tar) as found, refused:
+            await import_export(found, log, theirs, home=tmp_path)
+        assert unfinished(tmp_path, sample.RUN) == (not isinstance(refused, nullcontext))
+
+
+async def test_a_refused_import_leaves_the_run_of_that_name_to_its_services(
+    tar: Path, tmp_path: Path, theirs: FileBlobs
+) -> None:
+    log = await log_of(await sample.sample(FileBlobs(tmp_path / "others"), reward=0.0))
+    with open_export(tar) as found, pytest.raises(ConfigError):
+        await import_export(found, log, theirs, home=tmp_path)
+    assert not unfinished(tmp_path, sample.RUN)
 
 
 async def test_what_was_erased_stays_so_after_an_import(tar: Path, theirs: FileBlobs) -> None:
     with open_export(tar) as found:
-        await import_export(found, MemoryLog(), theirs)
+        await import_export(found, MemoryLog(), theirs, home=theirs.root.parent)
     with pytest.raises(Erased):
         await theirs.put(sample.ERASED)
 
@@ -77,7 +203,7 @@ async def test_an_import_that_was_cut_short_is_finished_by_doing_it_again(
     events = await sample.sample(mine)
     log = await log_of(events[:there]) if there else MemoryLog()
     with open_export(tar) as found:
-        assert (await import_export(found, log, theirs)).added == 9 - there
+        assert (await import_export(found, log, theirs, home=theirs.root.parent)).added == 9 - there
     assert await events_of(log) == events
 
 
@@ -85,7 +211,7 @@ async def test_another_run_of_that_name_stays_as_it_is(tar: Path, theirs: FileBl
     other = await sample.sample(FileBlobs(theirs.root.parent / "others"), reward=0.0)
     log = await log_of(other[:6])
     with open_export(tar) as found, pytest.raises(ConfigError, match=r"from event 4 on: bascule\.sample\.traj"):
-        await import_export(found, log, theirs)
+        await import_export(found, log, theirs, home=theirs.root.parent)
     assert await events_of(log) == other[:6]
     assert not theirs.root.exists()
 
@@ -96,7 +222,7 @@ async def test_a_run_that_goes_on_after_the_export_stays_as_it_is(
     more = new_event("cli", subjects.run_paused(sample.RUN, 0), ev.RunPaused(reason=""))
     log = await log_of([*await sample.sample(mine), more])
     with open_export(tar) as found, pytest.raises(ConfigError, match=r"after event 9.*pause-000"):
-        await import_export(found, log, theirs)
+        await import_export(found, log, theirs, home=theirs.root.parent)
     assert not theirs.root.exists()
 
 
@@ -105,7 +231,7 @@ async def test_an_export_that_is_not_intact_writes_nothing(tar: Path, theirs: Fi
     tar.write_bytes(data.replace(b'"reward":1.0', b'"reward":0.0'))
     log = MemoryLog()
     with open_export(tar) as found, pytest.raises(Corrupt, match=r"g00-dev-0000-n0\.scored: event 4"):
-        await import_export(found, log, theirs)
+        await import_export(found, log, theirs, home=theirs.root.parent)
     assert await events_of(log) == []
     assert not theirs.root.exists()
 
@@ -114,17 +240,17 @@ async def test_an_export_without_its_blobs_is_refused(tmp_path: Path, mine: File
     log = await log_of(await sample.sample(mine))
     path = await export_file(tmp_path / "small.tar", log, mine, with_blobs=False)
     with open_export(path) as found, pytest.raises(ConfigError, match="leaves out 2 blobs"):
-        await import_export(found, MemoryLog(), theirs)
+        await import_export(found, MemoryLog(), theirs, home=theirs.root.parent)
 
 
 async def test_blobs_are_there_before_the_first_event_is(tar: Path, theirs: FileBlobs) -> None:
     class Refusing(MemoryLog):
         async def append(self, events: object, **_: object) -> list[object]:  # type: ignore[override]
-            assert len(await theirs.list()) == 3
+            assert len(await theirs.list()) == 2
             raise Corrupt("stop here")
 
     with open_export(tar) as found, pytest.raises(Corrupt, match="stop here"):
-        await import_export(found, Refusing(), theirs)
+        await import_export(found, Refusing(), theirs, home=theirs.root.parent)
 
 
 @given(st.lists(st.integers(1, 40), max_size=60))

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import msgspec
@@ -16,7 +16,7 @@ import pytest
 from bascule.runtime.cli.launch import producer
 from bascule.runtime.cli.store import Store, open_store
 from bascule.runtime.log.anchor import Anchor, Head
-from bascule.runtime.log.blobs import FileBlobs
+from bascule.runtime.log.blobs import OCTETS, FileBlobs, ref_of
 from bascule.runtime.log.chain import START, Chain, link
 from bascule.runtime.log.memory import MemoryLog
 from bascule.runtime.log.protocol import Extent, NewEvent, Raw
@@ -25,10 +25,11 @@ from bascule.runtime.runner import View, serve
 from bascule.runtime.services.catalog import SERVICES
 from bascule.runtime.verify import Checker, Fault, Verification, accept, verify
 from bascule.schemas import subjects
-from bascule.schemas.codec import encode
+from bascule.schemas.codec import decode, encode
 from bascule.schemas.envelope import Draft, Recorded
 from bascule.schemas.errors import Corrupt, NotFound
-from bascule.schemas.events import AdapterPublished, BlobErased, BlobRef, Data, LogCheckpointed
+from bascule.schemas.events import AdapterCheckpointed, AdapterPublished, BlobErased, BlobRef, Data, LogCheckpointed
+from bascule.schemas.landscape import Measured
 
 RUN = "small"
 Make = Callable[[MemoryLog], View]
@@ -255,6 +256,57 @@ async def test_blobs_must_be_there_and_match_unless_they_were_erased(
     log.append(event_raw(len(log) + 1, subjects.blob_erased(RUN, ref.sha256), note, "cli"))
     found = await found_in(log, blobs, anchor)
     assert (found.blobs, found.erased, found.faults) == (0, 1, ())
+
+
+def checkpointed(seq: int, iteration: int, ref: BlobRef) -> Raw:
+    data = AdapterCheckpointed(
+        generation=1, iteration=iteration, attempt=1, adapter=f"g01-i{iteration:03d}", files={"f": ref},
+        sha256="0" * 64, state=ref, data_digest="", metrics={}, measured=Measured(),
+    )  # fmt: skip
+    return event_raw(seq, subjects.adapter_checkpointed(RUN, 1, iteration), data, "trainer")
+
+
+async def test_of_an_open_job_the_newest_checkpoint_has_to_be_there(
+    raws: list[Raw], blobs: FileBlobs, anchor: Anchor
+) -> None:
+    n, older, newest = len(raws), ref_of(b"older", OCTETS), await blobs.put(b"newest")
+    log = [*raws, checkpointed(n + 1, 0, older), checkpointed(n + 2, 1, newest)]
+    found = await found_in(log, blobs, anchor)
+    assert (found.blobs, found.faults) == (1, ())
+    await blobs.discard(newest)
+    (fault,) = (await found_in(log, blobs, anchor)).faults
+    assert (fault.subject, newest.sha256 in fault.what) == (log[-1].subject, True)
+    published_elsewhere = published(n + 3, await blobs.put(b"another"))
+    assert (await found_in([*log, published_elsewhere], blobs, anchor)).faults == ()
+
+
+async def test_a_checkpoint_that_is_superseded_meanwhile_is_not_missed(
+    raws: list[Raw], blobs: FileBlobs, anchor: Anchor
+) -> None:
+    n, older, newest = len(raws), ref_of(b"older", OCTETS), await blobs.put(b"newest")
+    later = checkpointed(n + 2, 1, newest)
+
+    class GoingOn(OpenLog):
+        async def read(self, filter: str, *, after: int = 0) -> AsyncIterator[Recorded]:  # type: ignore[override]  # noqa: A002
+            assert after == n + 1
+            yield decode(*later)
+
+    found = await verify(RUN, GoingOn([*raws, checkpointed(n + 1, 0, older)]), blobs, anchor)
+    assert found.faults == ()
+
+
+async def test_a_blob_that_many_events_name_is_read_once(raws: list[Raw], blobs: FileBlobs, anchor: Anchor) -> None:
+    reads: list[str] = []
+
+    class Counting(FileBlobs):
+        async def get(self, ref: BlobRef) -> bytes:
+            reads.append(ref.sha256)
+            return await super().get(ref)
+
+    n, ref = len(raws), await blobs.put(b"weights")
+    log = [*raws, checkpointed(n + 1, 0, ref), published(n + 2, ref)]
+    found = await found_in(log, Counting(blobs.root), anchor)
+    assert (found.blobs, reads) == (1, [ref.sha256])
 
 
 # --- the real store --------------------------------------------------------------------------------------------------

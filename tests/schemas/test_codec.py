@@ -31,7 +31,7 @@ def recorded(
     data: Data, subject: str, *, seq: int = 1, time: str = "2026-01-01T00:00:00Z", attempt: int = 0
 ) -> Recorded:
     draft = Draft(subject=subject, step=0, data=data, attempt=attempt)
-    payload = codec.encode(draft, run=subjects.run_of(subject), producer=PRODUCER, time=time, root=None)
+    payload = codec.encode(draft, run=subject.split(".")[1], producer=PRODUCER, time=time, root=None)
     return codec.decode(seq, subject, payload)
 
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
-from bascule.runtime.export_reader import OTHER_HEAD, UNLIKE, Export, anchored, open_export, subject_of
+from bascule.runtime.blob_care import BlobReferences
+from bascule.runtime.export_reader import OTHER_HEAD, UNLIKE, Export, anchored, subject_of
 from bascule.runtime.log.chain import START, link
-from bascule.runtime.manifest import CHAIN, EVENTS, Manifest, NamedBlobs, signed_bytes
+from bascule.runtime.manifest import CHAIN, EVENTS, Manifest, signed_bytes
 from bascule.runtime.signing import VERIFY_KEY, is_signed_by, trusted_key_from_environment
 from bascule.schemas.codec import DecisionHash
 from bascule.schemas.envelope import Recorded
-from bascule.schemas.errors import Corrupt
+from bascule.schemas.errors import BasculeError, Corrupt
 from bascule.schemas.subjects import ROOT
 
 if TYPE_CHECKING:
     from bascule.runtime.verify import Fault
-
-__all__ = ["Export", "open_export", "verify_export"]
 
 _MAX_CHAIN_FAULTS: Final = 20
 _BAD_SIGNATURE: Final = "the manifest's signature is not one of its key over it"
@@ -35,20 +34,20 @@ def verify_export(export: Export) -> list[Fault]:
 
     key = trusted_key_from_environment()
     manifest = export.manifest
-    named, decisions, faults = NamedBlobs(), DecisionHash(), list[Fault]()
+    refs, decisions, faults = BlobReferences(), DecisionHash(), list[Fault]()
     try:
         for found in _checked_lines(export):
             if isinstance(found, Fault):
                 faults.append(found)
                 continue
-            named.add(found)
+            refs.apply(found)
             decisions.add(found)
     except Corrupt as e:
         faults.append(_whole(manifest, str(e)))
     if not faults:  # with other events, these would be differences that follow from the first
         if decisions.hexdigest() != manifest.decision_hash:
             faults.append(_whole(manifest, "the manifest's decision hash is not the one of its decisions"))
-        faults += (_whole(manifest, what) for what in _unlike_events(manifest, named))
+        faults += (_whole(manifest, what) for what in _unlike_events(manifest, refs))
     for blob in manifest.blobs:
         if blob.included:
             try:
@@ -68,8 +67,9 @@ def _checked_lines(export: Export) -> Iterator[Recorded | Fault]:
     for count, line in enumerate(export.unchecked(), 1):
         size += len(line) + 1
         stated = heads.next()
+        event = _readable(export, count, line)
         try:
-            subject = subject_of(line, manifest.run)
+            subject = event.subject if event is not None else subject_of(line, manifest.run)
         except Corrupt as e:
             yield Fault(seq=count, subject=f"{ROOT}.{manifest.run}", what=f"line {count} of {EVENTS}: {e}")
         else:
@@ -77,7 +77,7 @@ def _checked_lines(export: Export) -> Iterator[Recorded | Fault]:
                 unlike += 1
                 if unlike <= _MAX_CHAIN_FAULTS:
                     yield Fault(seq=count, subject=subject, what=f"event {count} {UNLIKE}")
-            yield from checker.add(count, count, subject, line)
+            yield from checker.add(count, count, subject, line, event)
             if checker.event is not None:
                 yield checker.event
         head = stated or head
@@ -86,6 +86,14 @@ def _checked_lines(export: Export) -> Iterator[Recorded | Fault]:
         yield _whole(manifest, f"{unlike - _MAX_CHAIN_FAULTS} more events are not those that {CHAIN} covers")
     for what in _unlike_anchor(manifest, count, size, heads):
         yield _whole(manifest, what)
+
+
+def _readable(export: Export, number: int, line: bytes) -> Recorded | None:
+    """A line as an event; None if it is not one in order, and what is wrong is yet to be found."""
+    try:
+        return export.decoded(number, line)
+    except BasculeError:
+        return None
 
 
 class _Heads:
@@ -117,19 +125,20 @@ def _unlike_anchor(manifest: Manifest, count: int, size: int, heads: _Heads) -> 
         yield OTHER_HEAD
 
 
-def _unlike_events(manifest: Manifest, named: NamedBlobs) -> Iterator[str]:
+def _unlike_events(manifest: Manifest, refs: BlobReferences) -> Iterator[str]:
     """What the manifest says of blobs that the events do not."""
     there = {blob.sha256: blob for blob in manifest.blobs}
-    for sha256 in named.kept:
-        if sha256 not in there:
+    needed = refs.retained | refs.erased
+    for sha256 in refs.referenced:
+        if sha256 in needed and sha256 not in there:
             yield f"the blob {sha256}, which an event names, is not in the manifest"
     for blob in manifest.blobs:
-        ref = named.all.get(blob.sha256)
+        ref = refs.ref(blob.sha256)
         if ref is None:
             yield f"no event names the blob {blob.sha256}"
         elif ref.size != blob.size:
             yield f"the blob {blob.sha256} has {blob.size} bytes by the manifest and {ref.size} by its event"
-        elif blob.erased != (blob.sha256 in named.erased):
+        elif blob.erased != (blob.sha256 in refs.erased):
             yield f"manifest and events do not agree on whether the blob {blob.sha256} was erased"
 
 
