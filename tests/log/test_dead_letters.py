@@ -19,13 +19,19 @@ LETTER = DeadLetter(
 )  # fmt: skip
 
 
+async def as_rollout(server: EmbeddedServer) -> NatsLog:
+    """Connected as a service; the administrator makes the streams first."""
+    await (await NatsLog.connect(server.url, user=server.user, password=server.password)).close()
+    return await NatsLog.connect(server.url, user="rollout", password=server.connection.passwords["rollout"])
+
+
 @pytest.fixture(params=["memory", "nats"])
 async def letters(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[DeadLetters]:
     if request.param == "memory":
         yield MemoryLog().letters
         return
     server = EmbeddedServer.start(tmp_path)
-    log = await NatsLog.connect(server.url, user="rollout", password=server.connection.passwords["rollout"])
+    log = await as_rollout(server)
     try:
         yield log.letters
     finally:
@@ -47,7 +53,7 @@ async def test_each_failure_is_one_letter_and_a_retry_ends_it(letters: DeadLette
 
 async def test_nonsense_in_the_stream_hides_no_letter(tmp_path: Path) -> None:
     server = EmbeddedServer.start(tmp_path)
-    log = await NatsLog.connect(server.url, user="rollout", password=server.connection.passwords["rollout"])
+    log = await as_rollout(server)
     try:
         forged = msgspec.json.encode(msgspec.structs.replace(LETTER, seq=8))
         for place, payload in (("5.dead-000", b"garbage"), ("6.dead-000", b"\xff"), ("9.dead-000", forged)):
