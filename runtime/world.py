@@ -115,7 +115,8 @@ class World:
             ("engine", c.engine.name),
         ]
         wanted += [("algorithm", a.name) for a in self.algorithms]
-        wanted += [("redactor", name) for name in sorted(self.plugins.registry.redactors.items)]
+        provided = sorted(p for plugin in self.plugins.loaded for p in plugin.provides)
+        wanted += [("redactor", p.partition(":")[2]) for p in provided if p.startswith("redactor:")]
         bascule = PluginPin(
             kind="runtime", name="bascule", version=version("bascule"), distribution="bascule", hash=code_hash()
         )

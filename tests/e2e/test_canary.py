@@ -155,8 +155,8 @@ async def test_no_key_is_in_a_fork_that_is_given_one(tmp_path: Path, leaking: Pl
     await start(log, tmp_path, leaking)
     await serve(view_of(log, tmp_path, leaking), list(SERVICES.values()))
     events = [e async for e in log.read(f"bascule.{RUN}.>")]
-    changes: dict[str, Any] = {"max_generations": 0, "engine": {"params": {"api_key": LEAKY.SETTING}}}
-    config = parse_config(merged(plain(RunState.of(RUN, events).config), changes))
+    config = parse_config(merged(plain(RunState.of(RUN, events).config), {"max_generations": 0}))
+    changes: dict[str, Any] = {"max_generations": 0, "author": {"params": {"api_key": LEAKY.SETTING}}}
     producers = {service: producer(service) for service in (*SERVICES, "cli")}
     made = whatif(events, "fork", step=1, config=config, changes=changes, plugins=leaking, producers=producers)
     payloads = b"".join(event.payload for event in made.events)

@@ -9,6 +9,7 @@ from bascule.schemas import subjects
 from bascule.schemas.errors import LogError
 from tests.faults.fault import Outcome, Setting
 from tests.faults.ledger import Ledger, connected, event, everything, serving
+from tests.log.restarts import restart
 
 _MEBIBYTE = 1024**2
 _TEXT = "x" * 20_000
@@ -42,7 +43,7 @@ async def fill_disk(setting: Setting) -> Outcome:
                 size += 2 * _MEBIBYTE
                 await ran("mount", "-o", f"remount,size={size}", str(disk))
                 # A nats-server that failed to write stores nothing more until it is restarted.
-                await asyncio.to_thread(server.restart)
+                await asyncio.to_thread(restart, server)
             async with connected(server) as log:
                 return await writer.outcome(log, setting.count)
     finally:

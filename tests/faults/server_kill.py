@@ -12,6 +12,7 @@ from bascule.runtime.log.nats import NatsLog
 from bascule.schemas import subjects
 from tests.faults.fault import Outcome, Setting
 from tests.faults.ledger import Ledger, connected, event, everything, persistent, serving
+from tests.log.restarts import restart
 
 _WRITERS = 8
 #: Shorter than a restart, so that appends give up and are tried again with the same identity.
@@ -27,7 +28,7 @@ async def kill_server(setting: Setting) -> Outcome:
             for _ in range(setting.count):
                 await ledger.reach(len(ledger.acked) + rng.randint(1, 40))
                 os.kill(server.pid, signal.SIGKILL)
-                await asyncio.to_thread(server.restart)
+                await asyncio.to_thread(restart, server)
             await ledger.reach(len(ledger.acked) + _WRITERS)
             stop.set()
 

@@ -24,6 +24,7 @@ from tests.faults.fault import Outcome, Setting
 from tests.faults.fleet import SERVICES, Fleet, alone, fleet, run_name, site
 from tests.faults.launcher import Injection
 from tests.faults.verdict import CALLS, LEDGER, judged
+from tests.log.restarts import restart
 
 _DAY = 86_400.0
 #: By service: the type of event before whose append its process is paused, and the one at which it goes on.
@@ -94,7 +95,7 @@ async def kill_server_of_run(setting: Setting) -> Outcome:
             first = system.server.home  # the store stays where it is
             await system.seen(name, _counting(target))
             os.kill(system.server.pid, signal.SIGKILL)
-            await asyncio.to_thread(system.server.restart)
+            await asyncio.to_thread(restart, system.server)
             assert system.server.home == first
         report = await running
         setting.say(f"killed the server at events {targets} of {report['events']}; {system.restarts} services died")

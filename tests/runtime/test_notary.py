@@ -220,13 +220,14 @@ async def refused(make_view: Make, log: MemoryLog) -> str:
 async def test_services_refuse_a_run_whose_end_is_missing(make_view: Make, started_log: MemoryLog) -> None:
     events = await finished(make_view, started_log)
     text = await refused(make_view, await copied(events[:40]))
-    assert "event 40 (sequence 40)" in text
+    assert "gives out 40 events of the run" in text
+    assert "(up to sequence 40)" in text
     assert f"knows {len(events)} events, up to sequence {len(events)}" in text
 
 
 async def test_services_refuse_a_run_that_lost_an_event_on_the_way(make_view: Make, started_log: MemoryLog) -> None:
     events = await finished(make_view, started_log)
-    assert "ends at its event" in await refused(make_view, await copied([*events[:20], *events[21:]]))
+    assert f"gives out {len(events) - 1} events" in await refused(make_view, await copied([*events[:20], *events[21:]]))
 
 
 async def test_services_refuse_a_run_with_another_past(make_view: Make, started_log: MemoryLog) -> None:
@@ -242,7 +243,7 @@ async def test_services_refuse_a_run_with_another_past(make_view: Make, started_
 
 async def test_a_run_that_is_gone_is_not_called_unknown(make_view: Make, started_log: MemoryLog) -> None:
     await finished(make_view, started_log)
-    assert "ends at its event 0" in await refused(make_view, MemoryLog())
+    assert "gives out 0 events of the run" in await refused(make_view, MemoryLog())
 
 
 async def test_a_run_that_never_was_is_unknown(make_view: Make) -> None:
