@@ -24,8 +24,9 @@ from typing import Any
 import msgspec
 import nats
 
-from bascule.runtime.export_reader import open_export
-from bascule.runtime.export_writer import FolderSink, write_export
+from bascule.runtime.audit.verify import verify
+from bascule.runtime.exports.reader import open_export
+from bascule.runtime.exports.writer import FolderSink, write_export
 from bascule.runtime.log.anchor import Anchor
 from bascule.runtime.log.blobs import FileBlobs
 from bascule.runtime.log.chain import START, Chain, link
@@ -33,7 +34,6 @@ from bascule.runtime.log.nats import NatsLog
 from bascule.runtime.log.server import EmbeddedServer
 from bascule.runtime.log.streams import STREAM
 from bascule.runtime.state import RunState
-from bascule.runtime.verify import verify
 from bascule.schemas.envelope import Envelope
 from bascule.schemas.events import TYPES
 from ops.bench.fold import RUN

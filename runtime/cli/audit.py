@@ -73,9 +73,9 @@ def explain(
     debug: Debug = False,
 ) -> None:
     """Why: for a step its lever and algorithm, the figures, what else was feasible; for any event its causes."""
+    from bascule.runtime.audit.explain import Explainer
     from bascule.runtime.cli.show import show_explanation
     from bascule.runtime.cli.store import home_folder, open_store
-    from bascule.runtime.explain import Explainer
 
     async def execute() -> None:
         explainer = Explainer(run, what)
@@ -99,7 +99,7 @@ def replay(
 ) -> None:
     """Make every decision of a run again from the log, and compare. No model, no network. Exit 1 if any differs."""
     from bascule.plugins.loader import plugins
-    from bascule.runtime import replay as audit
+    from bascule.runtime.audit import replay as audit
     from bascule.runtime.cli.store import home_folder, open_store
 
     async def execute() -> int:
@@ -150,9 +150,10 @@ def verify(
             raise ConfigError("An export cannot be accepted.", next_step="Import it, or get it again.")
         raise typer.Exit(_verify_export(Path(run), as_json))
 
-    from bascule.runtime import verify as audit
+    from bascule.runtime.audit import verify as audit
     from bascule.runtime.cli.store import home_folder, open_store
     from bascule.runtime.cli.verdict import show_verification
+    from bascule.runtime.log.rescue import where_copied
     from bascule.runtime.redaction import process_redaction
 
     async def execute() -> int:
@@ -167,7 +168,10 @@ def verify(
                 if not found.faults:
                     raise ConfigError(f"The run {run} is intact.", next_step="There is nothing to accept.")
                 await audit.accept(found, store.log, store.anchor, process_redaction().text(accept))
+            copied = where_copied(store.home, store.not_copied) if found.faults else ""
         print_json(found) if as_json else show_verification(found, make_console())
+        if copied and not as_json:
+            make_console().print(copied, highlight=False, markup=False, soft_wrap=True)
         if accept is None:
             return Exit.NOT_INTACT if found.faults else Exit.SAME
         if not as_json:
@@ -179,8 +183,8 @@ def verify(
 
 def _verify_export(path: Path, as_json: bool) -> int:
     from bascule.runtime.cli.verdict import show_faults
-    from bascule.runtime.export_check import verify_export
-    from bascule.runtime.export_reader import open_export
+    from bascule.runtime.exports.check import verify_export
+    from bascule.runtime.exports.reader import open_export
 
     with open_export(path) as export:
         faults, manifest = verify_export(export), export.manifest

@@ -60,7 +60,7 @@ def tasks_baseline(
 ) -> None:
     """Score a task's constant and simple-rule baselines in the scoring process."""
     from bascule.plugins.loader import plugins
-    from bascule.runtime.baselines import score_baselines
+    from bascule.runtime.audit.baselines import score_baselines
     from bascule.runtime.world import World
     from bascule.schemas.run import PluginChoice, RunConfig
 

@@ -22,8 +22,8 @@ from bascule.runtime.cli.command import (
 )
 
 if TYPE_CHECKING:
+    from bascule.runtime.audit.whatif import Fork
     from bascule.runtime.cli.store import Store
-    from bascule.runtime.whatif import Fork
 
 
 @app.command()
@@ -51,7 +51,7 @@ def whatif(
 
     async def execute_() -> None:
         async with open_store(
-            home_folder(home), url=url, credentials=credentials, exclusive=execute and url is None
+            home_folder(home), url=url, credentials=credentials, exclusive=execute and url is None, writes=True
         ) as store:
             name = run_id if run_id is not None else await launch.free_run_id(store, f"{run}-whatif")
             made = await _fork(store, run, name, step, set_ or [])
@@ -67,13 +67,13 @@ def whatif(
 
 async def _fork(store: Store, run: str, name: str, step: int, overrides: list[str]) -> Fork:
     from bascule.plugins.loader import plugins
+    from bascule.runtime.audit.whatif import whatif as fork
     from bascule.runtime.cli import launch
-    from bascule.runtime.importing import append_all
+    from bascule.runtime.exports.importing import append_all
     from bascule.runtime.log.anchor import Head
     from bascule.runtime.log.chain import Chain
     from bascule.runtime.services.catalog import SERVICES
     from bascule.runtime.state import RunState
-    from bascule.runtime.whatif import whatif as fork
     from bascule.runtime.world import merged, plain
     from bascule.schemas.errors import ConfigError, NotFound
     from bascule.schemas.run import parse_config

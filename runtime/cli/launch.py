@@ -13,9 +13,9 @@ import structlog
 
 from bascule.plugins.loader import Plugins, code_hash, plugins
 from bascule.plugins.tasks.splits import best_constant
-from bascule.runtime.baselines import score_constant
+from bascule.runtime.audit.baselines import score_constant
 from bascule.runtime.cli.store import Store, leaves
-from bascule.runtime.importing import unfinished
+from bascule.runtime.exports.importing import unfinished
 from bascule.runtime.log.rules import MAX_BATCH
 from bascule.runtime.redaction import process_redaction, redact_log
 from bascule.runtime.runner import Service, View, serve

@@ -25,8 +25,8 @@ from bascule.runtime.cli.command import (
 )
 
 if TYPE_CHECKING:
+    from bascule.runtime.audit.report import BaselineRow, Reporter, RunReport
     from bascule.runtime.cli.store import Store
-    from bascule.runtime.report import BaselineRow, Reporter, RunReport
     from bascule.runtime.state import RunState
     from bascule.schemas.envelope import Recorded
 
@@ -77,7 +77,9 @@ def run(
     started = launch.preflight(config, plugins())
 
     async def execute() -> None:
-        async with open_store(home_folder(home), url=url, credentials=credentials, exclusive=url is None) as store:
+        async with open_store(
+            home_folder(home), url=url, credentials=credentials, exclusive=url is None, writes=True
+        ) as store:
             name = run_id if run_id is not None else await launch.free_run_id(store, config.task.name)
             await launch.start(store, name, started)
             await _follow(store, name, as_json, serve=url is None)
@@ -102,7 +104,9 @@ def resume(
     from bascule.runtime.cli.store import home_folder, open_store
 
     async def execute() -> None:
-        async with open_store(home_folder(home), url=url, credentials=credentials, exclusive=url is None) as store:
+        async with open_store(
+            home_folder(home), url=url, credentials=credentials, exclusive=url is None, writes=True
+        ) as store:
             todo = await launch.resume(store, run, accept=accept)
             await _follow(store, run, as_json, serve=url is None and todo, skip=True)
 
@@ -180,13 +184,15 @@ def ablate(
 ) -> None:
     """Where a completed run's gain comes from: its final harness on an engine that always answers the same, and without
     its adapter. Both are measured on the sealed split and recorded in the run's log."""
-    from bascule.runtime.ablation import ablation_report
+    from bascule.runtime.audit.ablation import ablation_report
     from bascule.runtime.cli import launch
     from bascule.runtime.cli.show import show_ablation
     from bascule.runtime.cli.store import home_folder, open_store
 
     async def execute() -> None:
-        async with open_store(home_folder(home), url=url, credentials=credentials, exclusive=url is None) as store:
+        async with open_store(
+            home_folder(home), url=url, credentials=credentials, exclusive=url is None, writes=True
+        ) as store:
             constant = await launch.request_ablations(store, run)
             with live_progress(as_json) as live:
                 live.skip_to(await store.log.head(f"bascule.{run}.>"))
@@ -244,7 +250,7 @@ def cancel(
 
 
 async def _reporter(store: Store, name: str, *listeners: Callable[[Recorded], None]) -> Reporter:
-    from bascule.runtime.report import Reporter
+    from bascule.runtime.audit.report import Reporter
 
     reporter = Reporter(name)
     async for event in store.read(name):
@@ -257,8 +263,8 @@ async def _reporter(store: Store, name: str, *listeners: Callable[[Recorded], No
 async def _report(store: Store, name: str, *, picture: bool) -> RunReport:
     import msgspec
 
-    from bascule.runtime.repeats import Outcomes
-    from bascule.runtime.report import draw
+    from bascule.runtime.audit.repeats import Outcomes
+    from bascule.runtime.audit.report import draw
 
     outcomes = Outcomes()
     reporter = await _reporter(store, name, outcomes.add)
@@ -276,8 +282,8 @@ async def _report(store: Store, name: str, *, picture: bool) -> RunReport:
 async def _baselines(state: RunState) -> list[BaselineRow]:
     """The task's baselines on the sealed split, once the run has looked at it."""
     from bascule.plugins.loader import plugins
-    from bascule.runtime.baselines import score_baselines
-    from bascule.runtime.report import BaselineRow
+    from bascule.runtime.audit.baselines import score_baselines
+    from bascule.runtime.audit.report import BaselineRow
     from bascule.runtime.world import world_of
     from bascule.schemas.events import RunCompleted
 

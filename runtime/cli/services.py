@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -31,21 +32,28 @@ def broker(
 
     What each user logs in with is in credentials.json in the home; --json prints its path.
     """
-    from bascule.runtime.cli.store import home_folder
+    from bascule.runtime.cli.store import Store, home_folder
     from bascule.runtime.log.access import embedded_access, written
     from bascule.runtime.log.home import write_private
     from bascule.runtime.log.permissions import ADMIN
     from bascule.runtime.log.server import EmbeddedServer
+    from bascule.schemas.errors import Corrupt
 
     server = EmbeddedServer.start(home_folder(home), port=port)
     credentials = server.home / "credentials.json"
     access = embedded_access(server.connection)
 
-    async def make_streams() -> None:
-        await (await access.connect(ADMIN)).close()
+    async def prepare() -> None:
+        log = await access.connect(ADMIN)  # makes the streams
+        try:
+            # Whoever reads is told of damage; a log that is whole needs no copy any more.
+            with suppress(Corrupt):
+                await Store(server.home, log, owner=True, writers={}).guard()
+        finally:
+            await log.close()
 
     try:
-        run_async(make_streams())
+        run_async(prepare())
         write_private(credentials, written(access.credentials or {}))
         if as_json:
             print_json({"url": server.url, "pid": server.pid, "credentials": str(credentials)})
@@ -79,7 +87,7 @@ def serve(
     found = launch.service_named(service)
 
     async def execute() -> None:
-        opened = open_store(home_folder(home), url=url, credentials=credentials, user=service, start=False)
+        opened = open_store(home_folder(home), url=url, credentials=credentials, user=service, start=False, writes=True)
         async with opened as store:
             console.print(f"{service}: serving", highlight=False)
             await launch.serve_forever(

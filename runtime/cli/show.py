@@ -9,9 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from bascule.runtime.ablation import AblationRow
-from bascule.runtime.explain import Explanation
-from bascule.runtime.report import RunReport
+from bascule.runtime.audit.ablation import AblationRow
+from bascule.runtime.audit.explain import Explanation
+from bascule.runtime.audit.report import RunReport
 from bascule.schemas.events import LeverChosen
 from bascule.schemas.landscape import Interval
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import platformdirs
 
 from bascule.schemas.envelope import Recorded
-from bascule.schemas.errors import BasculeError, ConfigError, LogError, LogUnavailable, NotFound
+from bascule.schemas.errors import BasculeError, ConfigError, Corrupt, LogError, LogUnavailable, NotFound
 from bascule.schemas.subjects import token
 
 if TYPE_CHECKING:
@@ -42,12 +42,14 @@ class Store:
         log: as the user that reads and, from the command line, asks for things.
         owner: whether this process runs the embedded server, and so is the only one that serves its runs.
         writers: the log as each user may write it, connected when it is used; empty if there is one user for all.
+        not_copied: why the log's files were not copied before the server started on them.
     """
 
     home: Path
     log: EventLog
     owner: bool
     writers: Mapping[str, EventLog]
+    not_copied: str | None = None
     _watches: dict[str, Watch] = field(default_factory=dict)
 
     def admin(self) -> EventLog:
@@ -61,27 +63,62 @@ class Store:
 
         return Anchor.of_home(self.home)
 
-    async def rule_out_damage(self) -> None:
-        """See whether what was read and made somebody fail is not what was anchored.
+    async def rule_out_damage(self, *, foreseen: bool) -> None:
+        """See whether what was read and made somebody fail is not what was recorded.
+
+        Args:
+            foreseen: it failed with an error that says why; then only what is anchored is looked into.
 
         Raises:
             Corrupt: it is not.
         """
-        from bascule.runtime.log.guard import rule_out_damage
+        from bascule.runtime.log.guard import rule_out_damage, rule_out_gaps
 
-        for watch in self._watches.values():
-            await rule_out_damage(watch, self.log)
+        async with self._located():
+            for watch in self._watches.values():
+                await rule_out_damage(watch, self.log)
+        if self._watches and not foreseen:
+            await rule_out_gaps(self.log, self.anchor.read().missing)
+
+    @asynccontextmanager
+    async def _located(self) -> AsyncIterator[None]:
+        """Make an error that says that the log is damaged say also where."""
+        from bascule.runtime.log.guard import located
+
+        try:
+            yield
+        except Corrupt as error:
+            raise await located(error, self.log) from error
 
     async def guard(self) -> None:
         """Refuse a log that has a gap or ends before its anchor.
 
+        One that is whole needs no copy of how it was before the server started on it.
+
         Raises:
-            Corrupt: naming the first sequence that is wrong.
+            Corrupt: naming the first sequence that is wrong, and where that copy is.
         """
         from bascule.runtime.log.guard import check_extent
+        from bascule.runtime.log.rescue import drop_copy, where_copied
 
         anchored = self.anchor.read()  # before the log, which is ahead of it at any time
-        check_extent(await self.log.extent(), anchored, self.anchor.path)
+        try:
+            async with self._located():
+                check_extent(await self.log.extent(), anchored, self.anchor.path)
+        except Corrupt as error:
+            copied = where_copied(self.home, self.not_copied)
+            raise Corrupt(error.message, next_step=f"{copied} {error.next_step or ''}".strip()) from error
+        if self.owner:
+            await asyncio.to_thread(drop_copy, self.home, anchored)
+
+    async def guard_runs(self) -> None:
+        """Refuse a log that does not give out the start of a run that its anchor knows.
+
+        Raises:
+            Corrupt: naming the run.
+        """
+        async for _ in self.runs():
+            pass
 
     def blobs(self, run: str) -> Blobs:
         """The blobs of one run, in the home or, if BASCULE_BLOBS is ``nats``, on the broker.
@@ -127,14 +164,17 @@ class Store:
             NotFound: there is no such run; lists those there are.
             Corrupt: it is not the run that was anchored.
         """
-        from bascule.runtime.log.guard import Watch
+        from bascule.runtime.log.guard import Watch, rule_out_gaps
 
-        watch = self._watches[run] = Watch(run, self.anchor.read().heads.get(run))
-        async for event in self.log.read(f"bascule.{token(run)}.>"):
-            watch.add(event)
-            yield event
-        watch.finish()
+        anchored = self.anchor.read()
+        watch = self._watches[run] = Watch(run, anchored.heads.get(run))
+        async with self._located():
+            async for event in self.log.read(f"bascule.{token(run)}.>"):
+                watch.add(event)
+                yield event
+            watch.finish()
         if watch.chain.count == 0:
+            await rule_out_gaps(self.log, anchored.missing)
             known = ", ".join([r async for r in self.runs()]) or "none yet"
             raise NotFound(f"There is no run {run!r} in {self.home}.", next_step=f"Runs: {known}.")
 
@@ -143,9 +183,16 @@ class Store:
         return [event async for event in self.read(run)]
 
     async def runs(self) -> AsyncIterator[str]:
-        """Names of all runs, oldest first."""
-        async for event in self.log.read("bascule.*.run.run.started"):
-            yield event.envelope.run
+        """Names of all runs, oldest first.
+
+        Raises:
+            Corrupt: at the end, if the anchor knows one whose start the log does not give out.
+        """
+        from bascule.runtime.log.guard import known_runs
+
+        async with self._located():
+            async for run in known_runs(self.log, self.anchor.read(), self.anchor.path):
+                yield run
 
 
 def leaves(error: BaseException) -> Iterator[BaseException]:
@@ -167,6 +214,7 @@ async def open_store(
     exclusive: bool = False,
     start: bool = True,
     guarded: bool = True,
+    writes: bool = False,
 ) -> AsyncIterator[Store]:
     """Open the log: at ``url``, else the embedded server that runs on ``home``, else one started for this command.
 
@@ -176,6 +224,7 @@ async def open_store(
         exclusive: refuse if another process already runs the embedded server.
         start: whether an embedded server may be started.
         guarded: refuse a log that has a gap or ends before its anchor.
+        writes: refuse also one that does not know each run that its anchor knows; as ``exclusive`` does.
 
     Raises:
         Corrupt: the log is not what its anchor knows.
@@ -208,9 +257,20 @@ async def open_store(
             reader = user or next((u for u in (CLI, READER, ADMIN) if access.has(u)), CLI)
             log = await access.connect(reader)
             stack.push_async_callback(log.close)
-            store = Store(home, log, owner=server is not None, writers=_writers(access, reader, log, stack))
+            store = Store(
+                home,
+                log,
+                owner=server is not None,
+                writers=_writers(access, reader, log, stack),
+                not_copied=server.not_copied if server is not None else None,
+            )
             if guarded:
                 await store.guard()
+            elif store.owner:
+                with suppress(Corrupt):
+                    await store.guard()
+            if guarded and (writes or exclusive):
+                await store.guard_runs()
             yield store
         except Exception as error:
             fault = server.fault() if server is not None else None
@@ -220,8 +280,11 @@ async def open_store(
                     next_step="If the disk is full, free some space; then `bascule resume RUN`. "
                     "Nothing recorded is lost.",
                 ) from error
-            if store is not None and not any(isinstance(e, BasculeError) for e in leaves(error)):
-                await store.rule_out_damage()
+            found = [*leaves(error)]
+            if store is not None and not any(isinstance(e, Corrupt | LogUnavailable) for e in found):
+                # An exit code is an answer, no failure.
+                foreseen = any(isinstance(e, BasculeError) or hasattr(e, "exit_code") for e in found)
+                await store.rule_out_damage(foreseen=foreseen)
             raise
 
 

@@ -30,10 +30,10 @@ from bascule.runtime.cli.command import (
 from bascule.schemas.errors import ConfigError, LogError
 
 if TYPE_CHECKING:
-    from bascule.runtime.diff import Comparison
-    from bascule.runtime.export_reader import Export
-    from bascule.runtime.export_writer import Sink
-    from bascule.runtime.fold import Folded
+    from bascule.runtime.audit.diff import Comparison
+    from bascule.runtime.audit.fold import Folded
+    from bascule.runtime.exports.reader import Export
+    from bascule.runtime.exports.writer import Sink
     from bascule.schemas.envelope import Recorded
 
 RunOrExport = Annotated[
@@ -57,7 +57,7 @@ def export(
 ) -> None:
     """Write a run as one file that proves itself: events, chain, blobs. Signed if BASCULE_SIGNING_KEY names a key."""
     from bascule.runtime.cli.store import home_folder, open_store
-    from bascule.runtime.export_writer import write_export
+    from bascule.runtime.exports.writer import write_export
     from bascule.runtime.signing import signer_from_environment
 
     if output is not None and to is not None:
@@ -90,7 +90,7 @@ def import_(
     An import that was cut short is finished by doing it again.
     """
     from bascule.runtime.cli.store import home_folder, open_store
-    from bascule.runtime.importing import import_export
+    from bascule.runtime.exports.importing import import_export
 
     async def execute() -> None:
         with _open_export(source) as found:
@@ -120,7 +120,7 @@ def diff(
     debug: Debug = False,
 ) -> None:
     """Compare two runs, by name or as exports. Exit 1, and the first difference, if their decisions differ."""
-    from bascule.runtime.diff import brief, compare
+    from bascule.runtime.audit.diff import brief, compare
 
     async def execute() -> int:
         async with _opened(a, home, url, credentials) as (run, events):
@@ -145,7 +145,7 @@ def fold(
     debug: Debug = False,
 ) -> None:
     """The state of a run after some of its events (all, by default), and its hash."""
-    from bascule.runtime import fold as folding
+    from bascule.runtime.audit import fold as folding
 
     if at is not None and step is not None:
         raise ConfigError("A fold ends at a count or at a step, not both.", next_step="Give --at or --step.")
@@ -159,7 +159,7 @@ def fold(
 
 
 def _open_export(source: str) -> Export:
-    from bascule.runtime.export_reader import open_export
+    from bascule.runtime.exports.reader import open_export
 
     if source == "-":
         if sys.stdin.isatty():
@@ -196,7 +196,7 @@ def _sink(output: Path | None, to: Path | None) -> Iterator[Sink]:
         ConfigError: the path cannot be written, or the folder is there.
         LogError: the reader of standard output has gone.
     """
-    from bascule.runtime.export_writer import FolderSink, TarSink
+    from bascule.runtime.exports.writer import FolderSink, TarSink
 
     path = to or output
     if path is None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.markup import escape
 
-from bascule.runtime.verify import Fault, Verification
+from bascule.runtime.audit.verify import Fault, Verification
 
 _SHOWN = 50
 
@@ -25,6 +25,13 @@ def show_verification(found: Verification, console: Console) -> None:
     """The faults, and what is known of the rest."""
     show_faults(found.faults, console)
     lines = [f"{found.run}: {found.events} events, {len(found.faults)} faults"]
+    if found.anchor_time is None and found.checkpoints:
+        console.print(
+            f"[bold yellow]note[/] there is no anchor, although the log holds {found.checkpoints} checkpoints, and who "
+            "writes those writes the anchor: it was removed, or is elsewhere (BASCULE_ANCHOR). Nothing shows that the "
+            "log is not an older or a shorter one.",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     if found.anchor_time is None:
         lines.append("no anchor: a missing end would not show")
     else:

@@ -14,14 +14,14 @@ import msgspec
 import pytest
 
 from bascule.plugins.loader import Plugins, load_plugins
-from bascule.runtime import replay as audit
+from bascule.runtime.audit import replay as audit
+from bascule.runtime.audit.whatif import whatif
 from bascule.runtime.cli.launch import configure, preflight, producer
 from bascule.runtime.log.blobs import FileBlobs
 from bascule.runtime.log.memory import MemoryLog
 from bascule.runtime.runner import View, serve
 from bascule.runtime.services.catalog import SERVICES
 from bascule.runtime.state import RunState
-from bascule.runtime.whatif import whatif
 from bascule.runtime.world import merged, plain
 from bascule.schemas import events as ev
 from bascule.schemas import subjects

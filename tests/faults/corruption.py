@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from bascule.runtime.export_check import verify_export
-from bascule.runtime.export_reader import open_export
+from bascule.runtime.audit.verify import Fault, verify
+from bascule.runtime.exports.check import verify_export
+from bascule.runtime.exports.reader import open_export
 from bascule.runtime.log.anchor import Anchor, anchor_path
 from bascule.runtime.log.blobs import FileBlobs
-from bascule.runtime.verify import Fault, verify
 from bascule.schemas.errors import BasculeError, Corrupt
 from tests.faults.damage import damage, drawn
 from tests.faults.fault import Outcome, Setting

@@ -10,8 +10,8 @@ from typing import Final
 
 import msgspec
 
-from bascule.runtime.export_reader import Export
-from bascule.runtime.export_writer import TarSink, write_export
+from bascule.runtime.exports.reader import Export
+from bascule.runtime.exports.writer import TarSink, write_export
 from bascule.runtime.log.anchor import Anchor, Head, anchor_path
 from bascule.runtime.log.blobs import FileBlobs
 from bascule.runtime.log.chain import Chain

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from bascule.plugins.loader import load_plugins
-from bascule.runtime.export_check import verify_export
-from bascule.runtime.export_reader import open_export
-from bascule.runtime.replay import replay
+from bascule.runtime.audit.replay import replay
+from bascule.runtime.exports.check import verify_export
+from bascule.runtime.exports.reader import open_export
 from bascule.schemas import events as ev
 from tests.golden.make import install_parity
 

@@ -193,7 +193,7 @@ def test_a_signed_anchor_is_read_with_its_key_only(path: Path, keys: dict[str, K
 
 def test_an_unsigned_line_is_refused_where_signatures_are_demanded(written: Path, keys: dict[str, KeyFile]) -> None:
     mine = keys["mine"]
-    with pytest.raises(Corrupt, match=r"not signed up to its end \(line 5\), and BASCULE_VERIFY_KEY demands it"):
+    with pytest.raises(Corrupt, match=r"not signed at its end \(line 5\), and BASCULE_VERIFY_KEY demands it"):
         Anchor(written, trusted=mine.public_key).read()
     Anchor(written, signer=mine).append(LOG, {"a": head(60)})
     assert Anchor(written, trusted=mine.public_key).read().n == 6, "its hash covers the lines from before"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bascule.plugins.loader import plugins
 from bascule.runtime.cli.launch import configure, preflight
-from bascule.runtime.export_writer import TarSink, write_export
+from bascule.runtime.exports.writer import TarSink, write_export
 from bascule.runtime.log.blobs import OCTETS, FileBlobs, ref_of
 from bascule.runtime.log.memory import MemoryLog
 from bascule.runtime.log.protocol import NewEvent

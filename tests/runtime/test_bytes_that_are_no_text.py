@@ -9,10 +9,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from bascule.runtime.audit.repeats import lines
 from bascule.runtime.log.access import read_credentials
 from bascule.runtime.log.bucket import Bucket
 from bascule.runtime.redaction import Redaction
-from bascule.runtime.repeats import lines
 from bascule.schemas.errors import ConfigError, Corrupt, PluginError
 from bascule.schemas.events import RunPaused
 

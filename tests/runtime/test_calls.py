@@ -22,8 +22,8 @@ from bascule.plugins.policy import (
     Performer,
     PolicyInput,
 )
+from bascule.runtime.audit.replay import replay
 from bascule.runtime.log.memory import MemoryLog
-from bascule.runtime.replay import replay
 from bascule.runtime.runner import View, serve
 from bascule.runtime.services.catalog import SERVICES
 from bascule.schemas import events as ev

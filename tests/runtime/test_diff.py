@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bascule.runtime.diff import Comparison, brief, compare
-from bascule.runtime.fold import fold
+from bascule.runtime.audit.diff import Comparison, brief, compare
+from bascule.runtime.audit.fold import fold
 from bascule.runtime.log.blobs import FileBlobs
 from bascule.runtime.log.protocol import NewEvent
 from bascule.runtime.state import RunState

@@ -16,13 +16,13 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from bascule.runtime.archive import END, header, padding
-from bascule.runtime.export_check import verify_export
-from bascule.runtime.export_reader import open_export
-from bascule.runtime.export_writer import FolderSink, TarSink, write_export
+from bascule.runtime.exports.archive import END, header, padding
+from bascule.runtime.exports.check import verify_export
+from bascule.runtime.exports.manifest import encode_manifest, parse_manifest
+from bascule.runtime.exports.reader import open_export
+from bascule.runtime.exports.writer import FolderSink, TarSink, write_export
 from bascule.runtime.log.blobs import OCTETS, FileBlobs, Stored, ref_of
 from bascule.runtime.log.protocol import NewEvent
-from bascule.runtime.manifest import encode_manifest, parse_manifest
 from bascule.runtime.signing import KeyFile, Signer
 from bascule.schemas import subjects
 from bascule.schemas.errors import ConfigError, Corrupt, LogError, NotFound, SchemaError

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bascule.runtime import importing
 from bascule.runtime.blob_care import BlobReferences
 from bascule.runtime.cli import launch
 from bascule.runtime.cli.store import Store
-from bascule.runtime.export_reader import Export, open_export
-from bascule.runtime.importing import append_all, import_export, unfinished
+from bascule.runtime.exports import importing
+from bascule.runtime.exports.importing import append_all, import_export, unfinished
+from bascule.runtime.exports.reader import Export, open_export
 from bascule.runtime.log.blobs import OCTETS, FileBlobs, ref_of
 from bascule.runtime.log.memory import MemoryLog
 from bascule.runtime.log.protocol import Fence, NewEvent

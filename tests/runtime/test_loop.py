@@ -9,11 +9,11 @@ from collections.abc import Callable
 import msgspec
 
 from bascule.plugins.loader import plugins
-from bascule.runtime import replay as audit
-from bascule.runtime.ablation import ablation_report
+from bascule.runtime.audit import replay as audit
+from bascule.runtime.audit.ablation import ablation_report
+from bascule.runtime.audit.report import report
 from bascule.runtime.log.memory import MemoryLog
 from bascule.runtime.log.protocol import NewEvent
-from bascule.runtime.report import report
 from bascule.runtime.runner import View, serve
 from bascule.runtime.services import verifier
 from bascule.runtime.services.catalog import SERVICES

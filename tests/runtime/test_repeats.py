@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from bascule.runtime.repeats import Outcomes
+from bascule.runtime.audit.repeats import Outcomes
 from bascule.schemas import codec, subjects
 from bascule.schemas import events as ev
 from bascule.schemas.envelope import Draft, Producer, Recorded

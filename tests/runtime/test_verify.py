@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from bascule.runtime.audit.verify import Checker, Fault, Verification, accept, verify
 from bascule.runtime.cli.launch import producer
 from bascule.runtime.cli.store import Store, open_store
 from bascule.runtime.log.anchor import Anchor, Head
@@ -23,7 +24,6 @@ from bascule.runtime.log.protocol import Extent, NewEvent, Raw
 from bascule.runtime.notary import Notary
 from bascule.runtime.runner import View, serve
 from bascule.runtime.services.catalog import SERVICES
-from bascule.runtime.verify import Checker, Fault, Verification, accept, verify
 from bascule.schemas import subjects
 from bascule.schemas.codec import decode, encode
 from bascule.schemas.envelope import Draft, Recorded
@@ -178,7 +178,8 @@ async def test_a_missing_end_is_named_with_its_sequence(raws: list[Raw], blobs: 
     found = await found_in(raws[:-3], blobs, anchor)
     n = len(raws)
     assert any(
-        f"gives out {n - 3} events of the run (up to sequence {n - 3}); its anchor knows {n} events, up to sequence {n}" in f.what
+        f"gives out {n - 3} events of the run (up to sequence {n - 3}); its anchor knows {n} events, up to sequence {n}"
+        in f.what
         for f in found.faults
     )
 
@@ -428,7 +429,7 @@ async def test_after_an_acceptance_the_run_is_held_to_what_it_was_then(
         found = await verify(RUN, store.log, blobs, store.anchor)
         await accept(found, store.log, store.anchor, "one event is lost")
         again = await verify(RUN, store.log, blobs, store.anchor)
-        assert not any("chain's" in f.what or "gives out" in f.what and "its anchor" in f.what for f in again.faults)
+        assert not any("chain's" in f.what or ("gives out" in f.what and "its anchor" in f.what) for f in again.faults)
         assert len(await store.events(RUN)) == len(raws) - 1
         assert store.anchor.read().heads[RUN] == Head(count=found.events, seq=found.seq, head=found.head)
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from bascule.plugins.loader import plugins
+from bascule.runtime.audit.replay import replay
+from bascule.runtime.audit.whatif import Fork, whatif
 from bascule.runtime.cli.launch import override, producer
 from bascule.runtime.log.memory import MemoryLog
-from bascule.runtime.replay import replay
 from bascule.runtime.runner import View, serve
 from bascule.runtime.services.catalog import SERVICES
 from bascule.runtime.state import RunState
-from bascule.runtime.whatif import Fork, whatif
 from bascule.runtime.world import merged, plain
 from bascule.schemas import events as ev
 from bascule.schemas import subjects

@@ -9,9 +9,9 @@ from typing import Any
 
 import msgspec
 
-from bascule.runtime import replay
+from bascule.runtime.audit import replay
+from bascule.runtime.audit.replay import Replayer
 from bascule.runtime.log.chain import Chain
-from bascule.runtime.replay import Replayer
 from bascule.runtime.state import RunState
 from bascule.schemas import codec
 from bascule.schemas import events as ev

@@ -13,7 +13,7 @@ from bascule.runtime.blob_care import BlobReferences
 from bascule.runtime.log.anchor import Anchor, Anchored, Head
 from bascule.runtime.log.blobs import Blobs
 from bascule.runtime.log.chain import START, link
-from bascule.runtime.log.guard import check_extent
+from bascule.runtime.log.guard import check_extent, find_missing
 from bascule.runtime.log.permissions import may_append
 from bascule.runtime.log.protocol import EventLog
 from bascule.schemas.codec import decode
@@ -124,7 +124,8 @@ class Checker:
         last = max(self._anchored, default=0)
         if last <= self.count:
             return []
-        what = f"the run ends at its event {self.count} (sequence {self.seq}); its anchor knows {last} events, up to "
+        up_to = f" (up to sequence {self.seq})" if self.seq else ""
+        what = f"the log gives out {self.count} events of the run{up_to}; its anchor knows {last} events, up to "
         what += f"sequence {self._anchored[last].seq}"
         return [Fault(seq=self.seq, subject=f"bascule.{self.run}", what=what)]
 
@@ -216,10 +217,13 @@ async def verify(run: str, log: EventLog, blobs: Blobs, anchor: Anchor) -> Verif
                 refs.apply(checker.event)
     except Corrupt as e:
         faults.append(of_run(str(e)))
+    faults += checker.finish()
+    if faults:
+        faults += [of_run(f"in the store {missing}") for missing in [await find_missing(log)] if missing.count]
     if checker.count == 0 and run not in anchored.heads and not faults:
         raise NotFound(f"There is no run {run!r} in this log.", next_step="`bascule status` lists the runs.")
     there, gone = await _checked_blobs(refs, run, log, blobs, checker.seq)
-    faults += [*checker.finish(), *gone]
+    faults += gone
     return Verification(
         run=run,
         events=checker.count,

@@ -9,8 +9,8 @@ from typing import Final
 import msgspec
 
 from bascule.runtime.blob_care import references
-from bascule.runtime.export_check import verify_export
-from bascule.runtime.export_reader import Export
+from bascule.runtime.exports.check import verify_export
+from bascule.runtime.exports.reader import Export
 from bascule.runtime.log.anchor import Anchor, Head
 from bascule.runtime.log.blobs import Blobs
 from bascule.runtime.log.chain import Chain

@@ -12,9 +12,8 @@ from typing import BinaryIO, Final, Self
 
 import msgspec
 
-from bascule.runtime.archive import Part, Source, TarSource, open_source
-from bascule.runtime.log.chain import START, link
-from bascule.runtime.manifest import (
+from bascule.runtime.exports.archive import Part, Source, TarSource, open_source
+from bascule.runtime.exports.manifest import (
     CHAIN,
     EVENTS,
     HEAD_LINE,
@@ -24,6 +23,7 @@ from bascule.runtime.manifest import (
     Manifest,
     parse_manifest,
 )
+from bascule.runtime.log.chain import START, link
 from bascule.schemas.codec import MAX_EVENT_BYTES, decode
 from bascule.schemas.envelope import Recorded
 from bascule.schemas.errors import BasculeError, Corrupt

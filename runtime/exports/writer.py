@@ -11,11 +11,9 @@ from typing import BinaryIO, Final, Protocol
 
 from msgspec.structs import replace
 
-from bascule.runtime.archive import END, header, padding
 from bascule.runtime.blob_care import BlobReferences
-from bascule.runtime.log.blobs import Blobs
-from bascule.runtime.log.chain import Chain
-from bascule.runtime.manifest import (
+from bascule.runtime.exports.archive import END, header, padding
+from bascule.runtime.exports.manifest import (
     CHAIN,
     EVENTS,
     FORMAT,
@@ -25,6 +23,8 @@ from bascule.runtime.manifest import (
     encode_manifest,
     signed_bytes,
 )
+from bascule.runtime.log.blobs import Blobs
+from bascule.runtime.log.chain import Chain
 from bascule.runtime.signing import Signer
 from bascule.schemas.codec import DecisionHash
 from bascule.schemas.envelope import Recorded

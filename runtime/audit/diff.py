@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 
+from bascule.runtime.audit.replay import first_path
 from bascule.runtime.log.chain import Chain
-from bascule.runtime.replay import first_path
 from bascule.schemas.codec import canonical, is_compared
 from bascule.schemas.envelope import Recorded
 from bascule.schemas.events import Data, LogCheckpointed

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 from bascule.runtime.blob_care import BlobReferences
-from bascule.runtime.export_reader import OTHER_HEAD, UNLIKE, Export, anchored, subject_of
+from bascule.runtime.exports.manifest import CHAIN, EVENTS, Manifest, signed_bytes
+from bascule.runtime.exports.reader import OTHER_HEAD, UNLIKE, Export, anchored, subject_of
 from bascule.runtime.log.chain import START, link
-from bascule.runtime.manifest import CHAIN, EVENTS, Manifest, signed_bytes
 from bascule.runtime.signing import VERIFY_KEY, is_signed_by, trusted_key_from_environment
 from bascule.schemas.codec import DecisionHash
 from bascule.schemas.envelope import Recorded
@@ -16,7 +16,7 @@ from bascule.schemas.errors import BasculeError, Corrupt
 from bascule.schemas.subjects import ROOT
 
 if TYPE_CHECKING:
-    from bascule.runtime.verify import Fault
+    from bascule.runtime.audit.verify import Fault
 
 _MAX_CHAIN_FAULTS: Final = 20
 _BAD_SIGNATURE: Final = "the manifest's signature is not one of its key over it"
@@ -30,7 +30,7 @@ def verify_export(export: Export) -> list[Fault]:
     Raises:
         ConfigError: BASCULE_VERIFY_KEY names no usable key.
     """
-    from bascule.runtime.verify import Fault
+    from bascule.runtime.audit.verify import Fault
 
     key = trusted_key_from_environment()
     manifest = export.manifest
@@ -60,7 +60,7 @@ def verify_export(export: Export) -> list[Fault]:
 
 def _checked_lines(export: Export) -> Iterator[Recorded | Fault]:
     """Each event that can be read, and whatever is wrong with it or with the run as a whole."""
-    from bascule.runtime.verify import Checker, Fault
+    from bascule.runtime.audit.verify import Checker, Fault
 
     manifest, checker = export.manifest, Checker(export.manifest.run)
     heads, head, count, size, unlike = _Heads(export.heads()), START, 0, 0, 0
@@ -156,6 +156,6 @@ def _unlike_key(manifest: Manifest, trusted: str | None) -> str | None:
 
 def _whole(manifest: Manifest, what: str) -> Fault:
     """A fault of the export as a whole."""
-    from bascule.runtime.verify import Fault
+    from bascule.runtime.audit.verify import Fault
 
     return Fault(seq=0, subject=f"{ROOT}.{manifest.run}", what=what)

@@ -1,0 +1,1 @@
+"""What is read out of a run's log: replays, explanations, verification, forks, reports."""
