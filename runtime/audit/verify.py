@@ -20,7 +20,7 @@ from bascule.schemas.codec import decode
 from bascule.schemas.envelope import Recorded, Unknown
 from bascule.schemas.errors import BasculeError, Corrupt, NotFound, SchemaError
 from bascule.schemas.events import LogCheckpointed
-from bascule.schemas.subjects import event_id, id_digest
+from bascule.schemas.subjects import event_id, id_digest, is_event_subject
 
 #: How many heads are kept for a checkpoint that is yet to come; a notary is never that late.
 _KEPT: Final = 65536
@@ -139,7 +139,9 @@ class Checker:
             wrong.append(f"its cause {envelope.causationid} is not in the log before it")
         if envelope.run != self.run:
             wrong.append(f"it says that it belongs to the run {envelope.run}")
-        if not may_append(envelope.producer.service, event.subject):
+        if not is_event_subject(event.subject):
+            wrong.append("its subject is none that an event can have")
+        elif not may_append(envelope.producer.service, event.subject):
             wrong.append(f"{envelope.producer.service!r} may not write it")
         if isinstance(event.data, Unknown):
             self.unknown[envelope.type] += 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -27,10 +26,9 @@ from bascule.runtime.log.chain import START, link
 from bascule.schemas.codec import MAX_EVENT_BYTES, decode
 from bascule.schemas.envelope import Recorded
 from bascule.schemas.errors import BasculeError, Corrupt
-from bascule.schemas.subjects import ROOT
+from bascule.schemas.subjects import ROOT, is_event_subject
 
 _ROOM: Final = 1024 * 1024
-_SUBJECT: Final = re.compile(r"bascule(\.[a-z0-9_-]{1,64}){4}")
 UNLIKE: Final = f"is not the one that {CHAIN} covers"
 OTHER_HEAD: Final = f"the manifest's head is not the last of {CHAIN}"
 
@@ -188,7 +186,7 @@ def subject_of(line: bytes, run: str) -> str:
 
 def check_subject(subject: str, run: str) -> None:
     """Raise Corrupt unless ``subject`` is one of an event of ``run``."""
-    if not _SUBJECT.fullmatch(subject) or not subject.startswith(f"{ROOT}.{run}."):
+    if not is_event_subject(subject) or not subject.startswith(f"{ROOT}.{run}."):
         raise Corrupt(f"{subject!r} is not the subject of an event of the run {run}.")
 
 

@@ -30,6 +30,7 @@ from bascule.schemas.codec import DecisionHash
 from bascule.schemas.envelope import Recorded
 from bascule.schemas.errors import Corrupt, NotFound, SchemaError
 from bascule.schemas.events import BlobRef
+from bascule.schemas.subjects import is_event_subject
 
 _CHUNK: Final = 1024 * 1024
 
@@ -153,6 +154,11 @@ async def _spool(run: str, events: AsyncIterator[Recorded], lines: BinaryIO, hea
         file.truncate()
     chain, refs, decisions = Chain(), BlobReferences(), DecisionHash()
     async for event in events:
+        if not is_event_subject(event.subject):
+            raise Corrupt(
+                f"The run holds an event under {event.subject!r} (sequence {event.seq}), which no event can have.",
+                next_step="Somebody else wrote it there; `bascule verify` says more. Such a run cannot be exported.",
+            )
         if b"\n" in event.payload:
             raise SchemaError(f"The event {event.subject} is not one line.", next_step="It was not made by bascule.")
         lines.write(event.payload + b"\n")
