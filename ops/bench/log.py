@@ -62,7 +62,22 @@ async def _run() -> tuple[dict[str, Figure], list[str]]:
         figures |= await _reads(root / "home", root)
         figures |= await _exports(root / "export")
     memory, notes = _memory()
-    return figures | memory, notes
+    return figures | memory, [*_against_limits(figures), *notes]
+
+
+def _against_limits(figures: dict[str, Figure]) -> list[str]:
+    """What was found against what the log has to keep on a machine that does nothing else."""
+
+    def ratio(name: str) -> float:
+        return figures[name].ratio or 0.0
+
+    return [
+        f"an append takes {1 / ratio('append'):.2f} times a raw awaited publish (at most 1.5)",
+        f"a fold with chain from the server: {ratio('fold, server'):.2f} of the bare subscription (at least 0.5)",
+        f"from an export: {ratio('fold, export'):.2f} of the bare decode with the hash (at least 0.5)",
+        f"{EVENTS:,} events verify in {figures['verify'].value:.1f} s (at most 5)",
+        f"a server killed on {EVENTS:,} events is ready again in {figures['restart'].value:.2f} s (at most 1)",
+    ]
 
 
 @asynccontextmanager
