@@ -22,6 +22,7 @@ import msgspec
 
 from bascule.runtime.log.notes import Anchored, Head, Line, digest
 from bascule.runtime.signing import (
+    SIGNING_KEY,
     VERIFY_KEY,
     Signer,
     is_signed_by,
@@ -175,7 +176,11 @@ class Anchor:
             self._previous = _hash(encoded)
             self._end += len(encoded) + 1
         if lines and self.trusted is not None and self._state.signed_by is None:
-            raise self._corrupt(self._state.n, f"it is not signed, and {VERIFY_KEY} demands it")
+            raise Corrupt(
+                f"The anchor {self.path} is not signed at its end (line {self._state.n}), and {VERIFY_KEY} demands it.",
+                next_step=f"If it was signed, restore it from a copy. If it never was, unset {VERIFY_KEY} and set "
+                f"{SIGNING_KEY}: the next note is then signed, and covers all lines before it.",
+            )
 
     def _checked(self, encoded: bytes) -> Line:
         n = self._state.n + 1

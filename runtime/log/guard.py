@@ -1,16 +1,27 @@
-"""Holding a log against its anchor: at once when it is opened, and event by event when a run is read."""
+"""Holding a log against its anchor: at once when it is opened, and event by event when a run is read.
+
+The sequences of a log count from 1 without a gap, so that what the store no longer gives out can be named.
+"""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
+from typing import Final
+
+import msgspec
 
 from bascule.runtime.log.anchor import Anchored, Head, other_log
 from bascule.runtime.log.chain import Chain
 from bascule.runtime.log.protocol import EventLog, Extent
 from bascule.schemas.envelope import Recorded
-from bascule.schemas.errors import Corrupt
+from bascule.schemas.errors import Corrupt, LogError
 from bascule.schemas.events import LogCheckpointed
+from bascule.schemas.subjects import ROOT
 
+_NAMED: Final = 5
 _WAY_OUT = 'Restore the store from a backup, or accept it as it is with `bascule verify {run} --accept "REASON"`.'
 
 
@@ -38,6 +49,83 @@ def check_extent(extent: Extent, anchored: Anchored, anchor: Path) -> None:
             f"The log ends at sequence {extent.last}, but its anchor {anchor} knows it up to sequence "
             f"{anchored.last[1].seq} ({anchored.time}). Events of these runs are gone: {shown}.",
             next_step=way_out,
+        )
+
+
+class Missing(msgspec.Struct, frozen=True):
+    """Sequences that a store does not give out: the first few, and how many."""
+
+    first: tuple[int, ...]
+    count: int
+
+    def __str__(self) -> str:
+        names = ", ".join(map(str, self.first))
+        more = f" and {self.count - len(self.first)} others" if self.count > len(self.first) else ""
+        return f"sequence{'s' if self.count > 1 else ''} {names}{more} {'are' if self.count > 1 else 'is'} missing"
+
+
+async def find_missing(log: EventLog) -> Missing:
+    """Read the whole log, undecoded, for gaps in its sequences.
+
+    Raises:
+        LogError: it cannot be read.
+    """
+    extent = await log.extent()
+    first: list[int] = []
+    count, expected = 0, 1
+
+    def skip(until: int) -> None:  # as a range: a damaged sequence can be of any size
+        nonlocal count
+        gap = range(expected, until)
+        first.extend(islice(gap, _NAMED - len(first)))
+        count += len(gap)
+
+    with suppress(Corrupt):  # it counts more than it gives out: just that is looked into
+        async for raw in log.read_raw(f"{ROOT}.>"):
+            skip(raw.seq)
+            expected = max(expected, raw.seq + 1)
+    skip(extent.last + 1)
+    return Missing(tuple(first), count)
+
+
+async def located(error: Corrupt, log: EventLog) -> Corrupt:
+    """The error, with the sequences that are missing from the log, if any are."""
+    with suppress(LogError):
+        missing = await find_missing(log)
+        if missing.count:
+            return Corrupt(f"{error.message} In the store {missing}.", next_step=error.next_step)
+    return error
+
+
+async def rule_out_gaps(log: EventLog, accepted: int) -> None:
+    """See whether the log is without gaps, but for as many events as somebody ``accepted`` to be gone.
+
+    Raises:
+        Corrupt: it has more.
+    """
+    missing = await find_missing(log)
+    if missing.count > accepted:
+        raise Corrupt(f"The log is damaged: in the store {missing}.", next_step=_WAY_OUT.format(run="RUN"))
+
+
+async def known_runs(log: EventLog, anchored: Anchored, anchor: Path) -> AsyncIterator[str]:
+    """Names of all runs, oldest first.
+
+    Args:
+        anchored: read before the log.
+
+    Raises:
+        Corrupt: at the end, if the anchor knows one whose start the log does not give out.
+    """
+    gone = anchored.heads.keys() - anchored.accepted.keys()
+    async for event in log.read(f"{ROOT}.*.run.run.started"):
+        gone.discard(event.envelope.run)
+        yield event.envelope.run
+    if gone:
+        shown = ", ".join(sorted(gone)[:_NAMED]) + (f" and {len(gone) - _NAMED} more" if len(gone) > _NAMED else "")
+        raise Corrupt(
+            f"The anchor {anchor} knows runs whose start the log does not give out: {shown}.",
+            next_step=_WAY_OUT.format(run=min(gone)),
         )
 
 
@@ -116,7 +204,11 @@ class Watch:
         """
         if self._anchored is not None and self.behind:
             raise Corrupt(
-                f"The run {self.run} ends at its event {self.chain.count} (sequence {self.chain.seq}), but its anchor "
-                f"knows {self._anchored.count} events, up to sequence {self._anchored.seq}.",
+                f"The log gives out {self.chain.count} events of the run {self.run}{_up_to(self.chain.seq)}, but its "
+                f"anchor knows {self._anchored.count} events, up to sequence {self._anchored.seq}.",
                 next_step=_WAY_OUT.format(run=self.run),
             )
+
+
+def _up_to(seq: int) -> str:
+    return f" (up to sequence {seq})" if seq else ""

@@ -1,8 +1,9 @@
 """The embedded ``nats-server``: one per home, started by us, gone when we are.
 
-A home holds ``server.lock`` (held while anything uses the store), ``server.json`` (how to connect) and ``nats/`` (the
-store, the configuration and the server's own log). The lock is inherited by the server, so that it outlives us exactly
-as long as the server does: two servers on one store would corrupt it, and ``nats-server`` does not object.
+A home holds ``server.lock`` (held while anything uses the store), ``server.json`` (how to connect), ``nats/`` (the
+store, the configuration and the server's own log) and, after a start that met damage, ``nats-before-recovery/``. The
+lock is inherited by the server, so that it outlives us exactly as long as the server does: two servers on one store
+would corrupt it, and ``nats-server`` does not object.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from bascule.runtime.log.home import (
     write_private,
 )
 from bascule.runtime.log.process import find_binary, spawn
+from bascule.runtime.log.rescue import keep_copy, where_copied
 from bascule.schemas.errors import LogError
 
 __all__ = ["Connection", "EmbeddedServer", "attach", "find_binary"]
@@ -39,7 +41,11 @@ _READY_SECONDS: Final = 120.0
 
 
 class EmbeddedServer:
-    """A running ``nats-server`` that belongs to this process. Made by :meth:`start`."""
+    """A running ``nats-server`` that belongs to this process. Made by :meth:`start`.
+
+    Attributes:
+        not_copied: why the log's files were not copied before it started on them; None if they were, or there are none.
+    """
 
     def __init__(self, home: Path, lock: int, binary: str, max_file_store: int) -> None:
         self.home = home
@@ -48,6 +54,7 @@ class EmbeddedServer:
         self._max_file_store = max_file_store
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
+        self.not_copied: str | None = None
 
     @classmethod
     def start(cls, home: Path, *, port: int = 0, max_file_store: int = MAX_FILE_STORE) -> EmbeddedServer:
@@ -73,6 +80,8 @@ class EmbeddedServer:
             raise unwritable(home, e) from e
         server = cls(home, lock, binary, max_file_store)
         try:
+            move_to_account(home / "nats" / "jetstream")
+            server.not_copied = keep_copy(home)
             server._launch(port, stored_passwords(home))
         except OSError as e:
             server.stop()
@@ -154,7 +163,6 @@ class EmbeddedServer:
 
     def _launch(self, port: int, passwords: dict[str, str]) -> None:
         store = self.home / "nats"
-        move_to_account(store / "jetstream")
         for old in (*store.glob("*.ports"), store / "server.log"):
             old.unlink(missing_ok=True)
         name = f"bascule-{secrets.token_hex(8)}"
@@ -211,4 +219,8 @@ class EmbeddedServer:
             )
         if "no space left" in reason.lower():
             return unwritable(self.home, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-        return LogError(f"The embedded server on {self.home} did not start: {reason}.", next_step=f"Look into {log}.")
+        copied = where_copied(self.home, self.not_copied)
+        return LogError(
+            f"The embedded server on {self.home} did not start: {reason}.",
+            next_step=f"Look into {log}. {copied}".strip(),
+        )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from bascule.runtime.audit.verify import verify
 from bascule.runtime.cli.store import open_store
 from bascule.runtime.log.anchor import Anchor, Head
 from bascule.runtime.log.blobs import FileBlobs
@@ -19,7 +20,6 @@ from bascule.runtime.log.chain import Chain
 from bascule.runtime.log.guard import find_missing
 from bascule.runtime.log.memory import MemoryLog
 from bascule.runtime.log.protocol import Extent, Raw
-from bascule.runtime.verify import verify
 from bascule.schemas import subjects
 from bascule.schemas.errors import Corrupt, NotFound
 from bascule.schemas.events import LogCheckpointed
