@@ -41,11 +41,16 @@ class Damage(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.group}: {self.path} {done}{' and the index is gone' if self.crashed else ''}"
 
 
+#: The copy that is made before a server starts holds nothing that anybody reads.
+COPY = "nats-before-recovery"
+
+
 def drawn(number: int, folder: Path, rng: random.Random) -> Damage:
     """The damage number ``number``: all groups in turn, with every other one in the messages."""
     others = [g for g in GROUPS if g != "messages"]
     group = "messages" if number % 2 else others[number // 2 % len(others)]
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.stat().st_size and GROUPS[group](p))
+    files = (p for p in folder.rglob("*") if p.is_file() and p.stat().st_size and COPY not in p.parts)
+    paths = sorted(p for p in files if GROUPS[group](p))
     path = rng.choice(paths)
     size = path.stat().st_size
     kind = rng.choice(("flip", "flip", "truncate"))
