@@ -182,4 +182,12 @@ class Scorer:
             process.kill()
         if process.stdin is not None:
             process.stdin.close()
-        await process.wait()
+        # A killed process ends at once. Were a cancelled wait to leave it, its transport would outlive the loop.
+        cancelled: asyncio.CancelledError | None = None
+        while process.returncode is None:
+            try:
+                await process.wait()
+            except asyncio.CancelledError as e:
+                cancelled = e
+        if cancelled is not None:
+            raise cancelled

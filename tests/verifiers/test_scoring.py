@@ -169,3 +169,19 @@ asyncio.run(main())
         parent.kill()
     assert select.select([watched], [], [], 30)[0], "the scoring process outlived its parent"
     os.close(watched)
+
+
+async def test_a_close_that_is_cancelled_still_ends_the_process(tmp_path: Path) -> None:
+    scorer = rogue(tmp_path)
+    await scorer.start()
+    assert scorer.pid is not None
+    watched = os.pidfd_open(scorer.pid)
+    closing = asyncio.create_task(scorer.close())
+    while scorer.pid is not None:
+        await asyncio.sleep(0)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    with pytest.raises(ChildProcessError):
+        os.waitid(os.P_PIDFD, watched, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    os.close(watched)
