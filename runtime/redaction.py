@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from datetime import UTC, datetime
 from functools import cache
 from typing import Any, Literal, TypeVar, get_origin
 
@@ -12,6 +13,9 @@ from bascule.plugins.loader import plugins
 from bascule.plugins.redactor import Redactor
 from bascule.plugins.redactors.secrets import Secrets
 from bascule.plugins.registry import Registry
+from bascule.schemas import subjects
+from bascule.schemas.codec import encode
+from bascule.schemas.envelope import Draft, Origin, Producer
 from bascule.schemas.errors import PluginError
 
 T = TypeVar("T")
@@ -31,6 +35,23 @@ class Redaction:
         an allow-list of plugins that forgets it must not switch redaction off.
         """
         return cls({"secrets": Secrets(), **registry.redactors.items}.values())
+
+    def encoded(self, draft: Draft, *, run: str, producer: Producer, origin: Origin = "live") -> bytes:
+        """The payload of an event that is recorded now, without secrets.
+
+        Raises:
+            PluginError: a redactor failed.
+            SchemaError: the event cannot be encoded, or is too large.
+        """
+        start = subjects.run_started(run)
+        return encode(
+            msgspec.structs.replace(draft, data=self.value(draft.data)),
+            run=run,
+            producer=producer,
+            time=datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
+            root=None if draft.subject == start else subjects.event_id(start),
+            origin=origin,
+        )
 
     def text(self, text: str, key: str | None = None) -> str:
         """One text, standing under ``key``.

@@ -13,12 +13,10 @@ import hashlib
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 import structlog
-from msgspec import structs
 
 from bascule.plugins.loader import Plugins
 from bascule.runtime.log.anchor import Anchor
@@ -30,7 +28,6 @@ from bascule.runtime.notary import notarised
 from bascule.runtime.redaction import Redaction
 from bascule.runtime.state import RunState
 from bascule.runtime.world import World, world_of
-from bascule.schemas import codec, subjects
 from bascule.schemas.envelope import Draft, Producer, Recorded
 from bascule.schemas.errors import BasculeError, NotFound
 from bascule.schemas.events import RunForked, RunStarted
@@ -119,19 +116,9 @@ class View:
         Raises:
             PluginError: a redactor failed, and so nothing was appended.
         """
-        now = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-        producer, start = self._producer(service), subjects.run_started(self.run)
+        producer = self._producer(service)
         new = [
-            NewEvent(
-                subject=d.subject,
-                payload=codec.encode(
-                    structs.replace(d, data=self.redaction.value(d.data)),
-                    run=self.run,
-                    producer=producer,
-                    time=now,
-                    root=None if d.subject == start else subjects.event_id(start),
-                ),
-            )
+            NewEvent(subject=d.subject, payload=self.redaction.encoded(d, run=self.run, producer=producer))
             for d in drafts
         ]
         return await self.writer(service).append(new, fence=fence)

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 
 import msgspec
 
-from bascule.schemas.envelope import Draft, Envelope, Producer, Recorded, Unknown
+from bascule.schemas.envelope import Draft, Envelope, Origin, Producer, Recorded, Unknown
 from bascule.schemas.errors import Corrupt, SchemaError
 from bascule.schemas.events import KNOWN_TYPES, TYPES, Data
 from bascule.schemas.secret import secret_path
@@ -27,7 +27,9 @@ _decoders = {key: msgspec.json.Decoder(t) for key, t in TYPES.items()}
 UPCASTERS = prove(TYPES, STEPS)
 
 
-def encode(draft: Draft, *, run: str, producer: Producer, time: str, root: str | None) -> bytes:
+def encode(
+    draft: Draft, *, run: str, producer: Producer, time: str, root: str | None, origin: Origin = "live"
+) -> bytes:
     """The payload bytes of a draft.
 
     Raises:
@@ -58,6 +60,7 @@ def encode(draft: Draft, *, run: str, producer: Producer, time: str, root: str |
             causationid=draft.cause,
             correlationid=root,
             attempt=draft.attempt,
+            origin=origin,
         )
     )
     if len(payload) > MAX_EVENT_BYTES:

@@ -12,6 +12,8 @@ import msgspec
 
 from bascule.schemas.events import Data
 
+Origin = Literal["live", "whatif"]
+
 
 class Producer(msgspec.Struct, frozen=True, kw_only=True):
     """Who wrote an event: service, version, and the hash of the installed code."""
@@ -47,7 +49,7 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     causationid: str | None = None
     correlationid: str | None = None
     attempt: int = 0
-    origin: Literal["live", "whatif"] = "live"
+    origin: Origin = "live"
 
 
 class Draft(msgspec.Struct, frozen=True, kw_only=True):

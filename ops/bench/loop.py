@@ -20,7 +20,7 @@ from typing import Any
 
 from bascule.plugins.engine import SampleRequest
 from bascule.plugins.loader import plugins
-from bascule.runtime.cli import launch
+from bascule.runtime.cli import configuration, launch
 from bascule.runtime.cli.store import open_store
 from bascule.runtime.engines.transformers import make
 from bascule.runtime.services.trainer import groups_of, load_trajectories
@@ -78,8 +78,8 @@ def run() -> tuple[dict[str, Figure], list[str]]:
 
 async def _run() -> tuple[dict[str, Figure], list[str]]:
     with tempfile.TemporaryDirectory() as folder:
-        config = launch.configure(GIVEN, SETTINGS, plugins())
-        started = launch.preflight(config, plugins())
+        config = configuration.configure(GIVEN, SETTINGS, plugins())
+        started = configuration.preflight(config, plugins())
         async with open_store(Path(folder), exclusive=True) as store:
             before = time.perf_counter()
             await launch.start(store, "bench", started)

@@ -8,7 +8,6 @@ where the fork asks for the very same thing; nothing is run.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -26,12 +25,11 @@ from bascule.runtime.state import RunState
 from bascule.runtime.world import World, world_of
 from bascule.schemas import events as ev
 from bascule.schemas import subjects
-from bascule.schemas.codec import canonical, decode, encode
-from bascule.schemas.envelope import Draft, Envelope, Producer, Recorded
+from bascule.schemas.codec import canonical, decode
+from bascule.schemas.envelope import Draft, Producer, Recorded
 from bascule.schemas.errors import ConfigError, NotFound
 from bascule.schemas.run import RunConfig
 
-_envelopes = msgspec.json.Encoder()
 #: What a fork does not repeat: it is about the other run's own course, not about what was decided and done.
 _OWN = (ev.RunPaused, ev.RunResumed, ev.RunCancelled, ev.RunFailed, ev.LogCheckpointed, ev.AblationRequested)
 
@@ -180,7 +178,7 @@ class _Forker:
         )
         self.copied += 1
         self.blobs |= {ref.sha256: ref for ref in refs_of(event.data)}
-        self._write(subject, envelope)
+        self._write(subject, msgspec.json.encode(envelope))
 
     def command(self, data: ev.Data, subject: str) -> None:
         """Note something about the fork itself."""
@@ -247,13 +245,10 @@ class _Forker:
         return f"{root}.{self.state.run}.{rest}"
 
     def _append(self, service: str, draft: Draft) -> None:
-        now = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-        draft = msgspec.structs.replace(draft, data=self._redaction.value(draft.data))
-        payload = encode(draft, run=self.state.run, producer=self._producers[service], time=now, root=self.state.root)
-        self._write(draft.subject, msgspec.structs.replace(decode(0, draft.subject, payload).envelope, origin="whatif"))
+        payload = self._redaction.encoded(draft, run=self.state.run, producer=self._producers[service], origin="whatif")
+        self._write(draft.subject, payload)
 
-    def _write(self, subject: str, envelope: Envelope) -> None:
-        payload = _envelopes.encode(envelope)
+    def _write(self, subject: str, payload: bytes) -> None:
         event = decode(len(self.written) + 1, subject, payload)
         self.written.append(NewEvent(subject=subject, payload=payload))
         self._by_subject[subject] = event

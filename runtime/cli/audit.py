@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,46 +18,42 @@ from bascule.runtime.cli.command import (
     Url,
     app,
     make_console,
+    on_store,
     print_json,
     run_async,
 )
 from bascule.schemas.errors import ConfigError, NotFound
 
+if TYPE_CHECKING:
+    from bascule.runtime.cli.store import Store
+
 
 @app.command()
-def log(
+@on_store
+async def log(
+    store: Store,
     run: Run,
     type_: Annotated[
         str | None, typer.Option("--type", help="Only events whose type ends so, e.g. lever.chosen.")
     ] = None,
-    home: Home = None,
-    url: Url = None,
-    credentials: Credentials = None,
     as_json: Annotated[bool, typer.Option("--json", help="The recorded bytes, one event a line.")] = False,
-    debug: Debug = False,
 ) -> None:
     """The events of a run, in order."""
-    from bascule.runtime.cli.store import home_folder, open_store
-
-    async def execute() -> None:
-        async with open_store(home_folder(home), url=url, credentials=credentials) as store:
-            async for event in store.read(run):
-                if type_ is not None and not event.envelope.type.endswith(type_):
-                    continue
-                if as_json:
-                    sys.stdout.buffer.write(event.payload + b"\n")
-                else:
-                    e = event.envelope
-                    sys.stdout.write(
-                        f"{event.seq:>7}  {e.time[:23]}  {e.producer.service:<9} {e.type:<30} {e.subject}\n"
-                    )
-            sys.stdout.flush()
-
-    run_async(execute())
+    async for event in store.read(run):
+        if type_ is not None and not event.envelope.type.endswith(type_):
+            continue
+        if as_json:
+            sys.stdout.buffer.write(event.payload + b"\n")
+        else:
+            e = event.envelope
+            sys.stdout.write(f"{event.seq:>7}  {e.time[:23]}  {e.producer.service:<9} {e.type:<30} {e.subject}\n")
+    sys.stdout.flush()
 
 
 @app.command()
-def explain(
+@on_store
+async def explain(
+    store: Store,
     run: Run,
     what: Annotated[
         str,
@@ -66,68 +62,48 @@ def explain(
             help="A generation, for its choice of lever; or an event's subject (candidate.g02.gate) or id.",
         ),
     ],
-    home: Home = None,
-    url: Url = None,
-    credentials: Credentials = None,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Why: for a step its lever and algorithm, the figures, what else was feasible; for any event its causes."""
     from bascule.runtime.audit.explain import Explainer
     from bascule.runtime.cli.show import show_explanation
-    from bascule.runtime.cli.store import home_folder, open_store
 
-    async def execute() -> None:
-        explainer = Explainer(run, what)
-        async with open_store(home_folder(home), url=url, credentials=credentials) as store:
-            async for event in store.read(run):
-                explainer.add(event)
-        found = explainer.result()
-        print_json(found) if as_json else show_explanation(found, make_console())
-
-    run_async(execute())
+    explainer = Explainer(run, what)
+    async for event in store.read(run):
+        explainer.add(event)
+    found = explainer.result()
+    print_json(found) if as_json else show_explanation(found, make_console())
 
 
 @app.command()
-def replay(
-    run: Run,
-    home: Home = None,
-    url: Url = None,
-    credentials: Credentials = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+@on_store
+async def replay(store: Store, run: Run, as_json: Json = False) -> int:
     """Make every decision of a run again from the log, and compare. No model, no network. Exit 1 if any differs."""
+    from rich.markup import escape
+
     from bascule.plugins.loader import plugins
-    from bascule.runtime.audit import replay as audit
-    from bascule.runtime.cli.store import home_folder, open_store
+    from bascule.runtime.audit.replay import Replayer
 
-    async def execute() -> int:
-        from rich.markup import escape
-
-        async with open_store(home_folder(home), url=url, credentials=credentials) as store:
-            replayer = audit.Replayer(run, plugins())
-            async for event in store.read(run):
-                replayer.add(event)
-        result = replayer.result()
-        if as_json:
-            print_json(result)
-        else:
-            console = make_console()
-            for d in result.differences:
-                console.print(
-                    f"[red]differs[/] at {d.seq or 'the end'}: {d.subject} {escape(d.path)}\n"
-                    f"  recorded {escape(repr(d.recorded))}\n  replayed {escape(repr(d.replayed))}",
-                    highlight=False,
-                )
+    replayer = Replayer(run, plugins())
+    async for event in store.read(run):
+        replayer.add(event)
+    result = replayer.result()
+    if as_json:
+        print_json(result)
+    else:
+        console = make_console()
+        for d in result.differences:
             console.print(
-                f"{run}: {result.decisions} decisions of {result.events} events made again, "
-                f"{len(result.differences)} differences, decision hash {result.decision_hash}",
+                f"[red]differs[/] at {d.seq or 'the end'}: {d.subject} {escape(d.path)}\n"
+                f"  recorded {escape(repr(d.recorded))}\n  replayed {escape(repr(d.replayed))}",
                 highlight=False,
             )
-        return Exit.DIFFERS if result.differences else Exit.SAME
-
-    raise typer.Exit(run_async(execute()))
+        console.print(
+            f"{run}: {result.decisions} decisions of {result.events} events made again, "
+            f"{len(result.differences)} differences, decision hash {result.decision_hash}",
+            highlight=False,
+        )
+    return Exit.DIFFERS if result.differences else Exit.SAME
 
 
 @app.command()

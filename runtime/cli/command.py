@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import sys
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
@@ -96,6 +97,41 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
             os._exit(128 + stopped[0])
 
     return asyncio.run(drained())
+
+
+def on_store(work: Callable[..., Coroutine[Any, Any, int | None]]) -> Callable[..., None]:
+    """A command on the open store: the parameters of ``work`` after the first, and where the store is.
+
+    ``work`` is given the store, which stays open until it is done; it returns an exit code, or None for 0.
+    """
+    hints = get_type_hints(work, localns={"Store": Any}, include_extras=True)
+    _, *own = inspect.signature(work).parameters.values()
+    options = {"home": Home, "url": Url, "credentials": Credentials, "debug": Debug}
+
+    def command(*, home: Path | None, url: str | None, credentials: Path | None, debug: bool, **given: Any) -> None:
+        del debug  # the entry point looks at it
+        from bascule.runtime.cli.store import home_folder, open_store
+
+        async def opened() -> int | None:
+            async with open_store(home_folder(home), url=url, credentials=credentials) as store:
+                return await work(store, **given)
+
+        code = run_async(opened())
+        if code:
+            raise typer.Exit(code)
+
+    command.__name__, command.__doc__, command.__module__ = work.__name__, work.__doc__, work.__module__
+    command.__annotations__ = {p.name: hints[p.name] for p in own} | options | {"return": None}
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [p.replace(kind=p.KEYWORD_ONLY, annotation=hints[p.name]) for p in own]
+        + [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=False if name == "debug" else None, annotation=hint
+            )
+            for name, hint in options.items()
+        ]
+    )
+    return command
 
 
 @contextmanager

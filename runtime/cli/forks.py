@@ -17,6 +17,7 @@ from bascule.runtime.cli.command import (
     dlq_app,
     live_progress,
     make_console,
+    on_store,
     print_json,
     run_async,
 )
@@ -69,9 +70,8 @@ async def _fork(store: Store, run: str, name: str, step: int, overrides: list[st
     from bascule.plugins.loader import plugins
     from bascule.runtime.audit.whatif import whatif as fork
     from bascule.runtime.cli import launch
-    from bascule.runtime.exports.importing import append_all
-    from bascule.runtime.log.anchor import Head
-    from bascule.runtime.log.chain import Chain
+    from bascule.runtime.cli.configuration import override
+    from bascule.runtime.exports.importing import append_all, chain_of, note
     from bascule.runtime.services.catalog import SERVICES
     from bascule.runtime.state import RunState
     from bascule.runtime.world import merged, plain
@@ -84,7 +84,7 @@ async def _fork(store: Store, run: str, name: str, step: int, overrides: list[st
         raise ConfigError(f"There is a run {name!r} already.", next_step="Use another --run-id.")
     changes: dict[str, object] = {}
     for item in overrides:
-        changes = merged(changes, launch.override(item))
+        changes = merged(changes, override(item))
     if not changes:
         raise ConfigError("A what-if needs something that is otherwise.", next_step="--set KEY=VALUE says what.")
     config = parse_config(merged(plain(RunState.of(run, events).config), changes))
@@ -105,11 +105,7 @@ async def _fork(store: Store, run: str, name: str, step: int, overrides: list[st
             continue  # a checkpoint that was superseded, or erased: as in the run itself
     log = store.admin()
     await append_all(log, made.events, home=store.home, run=name)
-    chain = Chain()
-    async for event in log.read(f"bascule.{name}.>"):
-        chain.add(event)
-    head = Head(count=chain.count, seq=chain.seq, head=chain.head.hex())
-    store.anchor.append((await log.extent()).log, {name: head})
+    await note(store.anchor, log, name, await chain_of(log, name))
     return made
 
 
@@ -127,17 +123,17 @@ def _show(made: Fork, step: int, *, executed: bool, as_json: bool) -> None:
             }
         )
         return
+    from bascule.runtime.cli.show import named
+
     console = make_console()
-
-    def told(lever: str, algorithm: str | None) -> str:
-        return lever + (f" with {algorithm}" if algorithm else "")
-
     console.print(f"{made.run}: {len(made.events)} events, {made.copied} of them repeated.", highlight=False)
-    console.print(f"step {step} chose {told(made.recorded.lever, made.recorded.algorithm)}", highlight=False)
+    console.print(f"step {step} chose {named(made.recorded.lever, made.recorded.algorithm)}", highlight=False)
     if made.decided is not None:
         d = made.decided
         console.print(
-            f"and would have chosen {told(d.lever, d.algorithm)}: {'; '.join(d.reasons)}", highlight=False, markup=False
+            f"and would have chosen {named(d.lever, d.algorithm)}: {'; '.join(d.reasons)}",
+            highlight=False,
+            markup=False,
         )
     if made.stopped_at is None:
         console.print("It came to its end with what the log holds.", highlight=False)
@@ -150,64 +146,52 @@ def _show(made: Fork, step: int, *, executed: bool, as_json: bool) -> None:
 
 
 @dlq_app.command("list")
-def dlq_list(
+@on_store
+async def dlq_list(
+    store: Store,
     run: Annotated[str | None, typer.Argument(help="Only of this run.")] = None,
-    home: Home = None,
-    url: Url = None,
-    credentials: Credentials = None,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Events that a service gave up on, and what went wrong."""
-    from bascule.runtime.cli.store import home_folder, open_store
     from bascule.schemas.errors import NotFound
     from bascule.schemas.subjects import token
 
-    async def execute() -> None:
-        async with open_store(home_folder(home), url=url, credentials=credentials) as store:
-            if run is not None and not await store.log.head(f"bascule.{token(run)}.>"):
-                raise NotFound(f"There is no run {run!r}.", next_step="`bascule status` lists the runs.")
-            letters = await store.log.letters.list(run or "*")
-        if as_json:
-            print_json(letters)
-            return
-        console = make_console()
-        for letter in letters:
-            state = "dead" if letter.dead else "asked to try again"
-            console.print(
-                f"{letter.seq:>7}  {letter.service:<9} {state:<18} {letter.subject}\n         {letter.error}",
-                highlight=False, markup=False, soft_wrap=True,
-            )  # fmt: skip
-        console.print(f"{sum(letter.dead for letter in letters)} dead letters", highlight=False)
-
-    run_async(execute())
+    if run is not None and not await store.log.head(f"bascule.{token(run)}.>"):
+        raise NotFound(f"There is no run {run!r}.", next_step="`bascule status` lists the runs.")
+    letters = await store.log.letters.list(run or "*")
+    if as_json:
+        print_json(letters)
+        return
+    console = make_console()
+    for letter in letters:
+        state = "dead" if letter.dead else "asked to try again"
+        console.print(
+            f"{letter.seq:>7}  {letter.service:<9} {state:<18} {letter.subject}\n         {letter.error}",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+    console.print(f"{sum(letter.dead for letter in letters)} dead letters", highlight=False)
 
 
 @dlq_app.command("retry")
-def dlq_retry(
+@on_store
+async def dlq_retry(
+    store: Store,
     run: Run,
     seq: Annotated[int | None, typer.Option(help="Only the event at this sequence; all of the run otherwise.")] = None,
-    home: Home = None,
-    url: Url = None,
-    credentials: Credentials = None,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Ask the services to try dead letters again: at once where they run, otherwise when the run is resumed."""
-    from bascule.runtime.cli.store import home_folder, open_store
     from bascule.schemas.errors import NotFound
 
-    async def execute() -> int:
-        async with open_store(home_folder(home), url=url, credentials=credentials) as store:
-            letters = [found for found in await store.log.letters.list(run) if found.dead and seq in (None, found.seq)]
-            if not letters:
-                raise NotFound(
-                    f"The run {run!r} has no dead letter{'' if seq is None else f' at sequence {seq}'}.",
-                    next_step="`bascule dlq list` shows those there are.",
-                )
-            for letter in letters:
-                await store.writers.get("cli", store.log).letters.retry(letter)
-        return len(letters)
-
-    count = run_async(execute())
-    print_json({"run": run, "retried": count}) if as_json else typer.echo(f"{run}: {count} will be tried again")
+    letters = [found for found in await store.log.letters.list(run) if found.dead and seq in (None, found.seq)]
+    if not letters:
+        raise NotFound(
+            f"The run {run!r} has no dead letter{'' if seq is None else f' at sequence {seq}'}.",
+            next_step="`bascule dlq list` shows those there are.",
+        )
+    for letter in letters:
+        await store.writers.get("cli", store.log).letters.retry(letter)
+    if as_json:
+        print_json({"run": run, "retried": len(letters)})
+    else:
+        typer.echo(f"{run}: {len(letters)} will be tried again")

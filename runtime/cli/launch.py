@@ -1,28 +1,24 @@
-"""Start, resume and serve runs: what the commands ``run``, ``resume``, ``ablate`` and ``serve`` do."""
+"""Start, resume, end and work off runs: what the commands ``run``, ``resume``, ``pause`` and ``ablate`` do."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import structlog
 
-from bascule.plugins.loader import Plugins, code_hash, plugins
+from bascule.plugins.loader import code_hash, plugins
 from bascule.plugins.tasks.splits import best_constant
 from bascule.runtime.audit.baselines import score_constant
-from bascule.runtime.cli.store import Store, leaves
+from bascule.runtime.cli.store import Store
 from bascule.runtime.exports.importing import unfinished
-from bascule.runtime.log.rules import MAX_BATCH
 from bascule.runtime.redaction import process_redaction, redact_log
-from bascule.runtime.runner import Service, View, serve
+from bascule.runtime.runner import View, serve
 from bascule.runtime.services.catalog import SERVICES
-from bascule.runtime.services.rollout import engine_params
 from bascule.runtime.state import RunState
-from bascule.runtime.world import World, changed_pins, merged, plain, task_digest, world_of
+from bascule.runtime.world import changed_pins, world_of
 from bascule.schemas import subjects
 from bascule.schemas.envelope import Draft, Producer, Recorded
 from bascule.schemas.errors import ConfigError, PluginError
@@ -35,130 +31,15 @@ from bascule.schemas.events import (
     RunStarted,
     RuntimeChanged,
 )
-from bascule.schemas.run import PluginChoice, RunConfig, parse_config
-from bascule.trainers.params import train_params
 
 Listener = Callable[[Recorded], None]
 #: Characters of a run's name that leave room for a number.
 _STEM = 56
 
 
-@cache
-def _code() -> str:
-    return code_hash()
-
-
 def producer(service: str) -> Producer:
     """Who this process is, as recorded in events."""
-    return Producer(service=service, version=version("bascule"), hash=_code())
-
-
-def configure(given: dict[str, Any], overrides: Sequence[str], loaded: Plugins) -> RunConfig:
-    """The run's configuration: the task's defaults, then the user's values.
-
-    Raises:
-        ConfigError: an unknown task, plugin, field or value.
-    """
-    base = {k: v for k, v in given.items() if v is not None}
-    for item in overrides:
-        base = merged(base, override(item))
-    if not isinstance(base.get("task"), dict) or not isinstance(base["task"].get("params", {}), dict):
-        raise ConfigError(f"{base.get('task')!r} does not name a task.", next_step="`bascule tasks` lists them.")
-    # A resume may come from another folder.
-    if isinstance(base.get("model"), str) and "\0" not in base["model"] and Path(base["model"]).exists():
-        base["model"] = str(Path(base["model"]).absolute())
-    engine = base.get("engine")
-    path = engine["params"].get("path") if isinstance(engine, dict) and isinstance(engine.get("params"), dict) else None
-    if isinstance(path, str):
-        base = merged(base, {"engine": {"params": {"path": str(Path(path).absolute())}}})
-    task = loaded.registry.tasks.get(str(base["task"]["name"]))(base["task"].get("params", {}))
-    defaults = plain(RunConfig(task=PluginChoice(name=task.name)))
-    return parse_config(merged(merged(defaults, task.defaults()), base))
-
-
-def override(item: str) -> dict[str, Any]:
-    """``KEY=VALUE`` as nested configuration values; VALUE is JSON, or else text.
-
-    A plugin may be named alone (``policy=rules``), and its parameters without ``params`` (``policy.patience=2``).
-
-    Raises:
-        ConfigError: it is not KEY=VALUE.
-    """
-    import msgspec
-
-    key, equals, text = item.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set {item!r} is not KEY=VALUE.", next_step="For example --set gate.alpha=0.01.")
-    try:
-        value: Any = msgspec.json.decode(text)
-    except msgspec.DecodeError:
-        value = text
-    parts = key.split(".")
-    if parts[0] in ("task", "engine", "policy", "author"):
-        if len(parts) == 1 and isinstance(value, str):
-            parts.append("name")
-        elif len(parts) == 2 and parts[1] not in ("name", "params"):
-            parts.insert(1, "params")
-    for part in reversed(parts):
-        value = {part: value}
-    assert isinstance(value, dict)
-    return value
-
-
-def preflight(config: RunConfig, loaded: Plugins) -> RunStarted:
-    """Check everything that can be checked before anything is recorded or spent, and pin it.
-
-    Raises:
-        BasculeError: a plugin, the task's data or the model is not there or not usable.
-    """
-    world = World(loaded, config)
-    loaded.registry.engines.get(config.engine.name)(config.model, engine_params(config, config.engine))
-    _ = world.policy, world.author
-    for algorithm in world.algorithms:
-        train_params(algorithm.params)
-    public = world.public
-    check_splits(world)
-    digest = ""
-    if config.engine.name == "transformers" or "weights" in config.levers:
-        from bascule.trainers.base_model import model_digest, resolve_model
-
-        digest = model_digest(resolve_model(config.model))
-    return RunStarted(
-        config=config,
-        task_version=public.version,
-        task_digest=task_digest(public),
-        train=len(world.positions("train")),
-        dev=len(world.positions("dev")),
-        sealed=len(world.positions("sealed")),
-        model_digest=digest,
-        plugins=world.pins(),
-    )
-
-
-def check_splits(world: World) -> None:
-    """Refuse a task that a run could not get through.
-
-    Raises:
-        ConfigError: a split is empty, a train item has no answer, or a decision would ask for too many shards.
-    """
-    public, e = world.public, world.config.evaluation
-    for split in ("train", "dev", "sealed"):
-        if not public.split(split):
-            raise ConfigError(
-                f"The split {split} of the task {public.name} is empty.", next_step="A run needs all three."
-            )
-    missing = [x.id for x in public.train if x.id not in public.answers]
-    if missing:
-        raise ConfigError(
-            f"The task {public.name} has no answer for the train item {missing[0]!r}.", next_step="Correct the task."
-        )
-    sizes = (len(world.positions("dev")) + e.train_groups, 2 * len(world.positions("sealed")))
-    shards = max(-(-size // world.config.shard_size) for size in sizes) + 4
-    if shards > MAX_BATCH:
-        raise ConfigError(
-            f"A decision would ask for {shards} shards, and an atomic batch holds {MAX_BATCH} events.",
-            next_step="Raise shard_size, or lower the evaluation sizes.",
-        )
+    return Producer(service=service, version=version("bascule"), hash=code_hash())
 
 
 async def free_run_id(store: Store, stem: str) -> str:
@@ -356,83 +237,3 @@ async def request_ablations(store: Store, run: str) -> float:
             "cli", [Draft(subject=subjects.ablation_requested(run, arm.name), step=best, data=arm)]
         )
     return await score_constant(world, answer)
-
-
-def service_named(name: str) -> Service:
-    """A service by name.
-
-    Raises:
-        ConfigError: there is no such service.
-    """
-    if name not in SERVICES:
-        raise ConfigError(f"There is no service {name!r}.", next_step=f"Known: {', '.join(SERVICES)}.")
-    return SERVICES[name]
-
-
-async def serve_forever(store: Store, service: Service, only: str | None, say: Callable[[str], None]) -> None:
-    """Serve one service for every run of the log, each run on its own; a failing run does not stop the others.
-
-    A run that has ended is taken up again when ablations are asked for.
-    """
-    serving: set[str] = set()
-
-    async def one(run: str) -> None:
-        if run in serving:
-            return
-        serving.add(run)
-        delay = 1.0
-        try:
-            while not await attempt(run, delay):
-                await asyncio.sleep(delay)
-                delay = min(delay * 2, 60.0)
-        finally:
-            serving.discard(run)
-
-    async def resumed(view: View) -> None:
-        async for event in store.log.follow(f"bascule.{view.run}.run.>", after=view.state.seq):
-            if isinstance(event.data, RunResumed | RunCancelled):
-                return
-
-    async def attempt(run: str, delay: float) -> bool:
-        if unfinished(store.home, run):
-            say(f"{run}: it is not whole yet. Looking again in {delay:.0f} s.")
-            return False
-        if await _finished(store, run):
-            return True
-        view = view_of(store, run, fresh=False)
-        try:
-            state = await state_of(store, run)
-            if state.end is not None and not state.active:
-                return True
-            if state.paused is None:
-                check_pins(state)
-            say(f"{run}: serving {service.name}")
-            await serve(view, [service])
-            if view.state.paused is not None:
-                say(f"{run}: paused")
-                await resumed(view)
-                return False
-            say(f"{run}: done")
-        except* Exception as errors:
-            text = view.redaction.value("; ".join(str(e) or type(e).__name__ for e in leaves(errors)))
-            view.logger.exception("service.failed", service=service.name)
-            say(f"{run}: {text} Trying again in {delay:.0f} s.")
-        else:
-            return True
-        return False
-
-    async def each(pattern: str, group: asyncio.TaskGroup) -> None:
-        async for event in store.log.follow(pattern):
-            group.create_task(one(event.envelope.run))
-
-    runs = subjects.token(only) if only else "*"
-    async with asyncio.TaskGroup() as group:
-        group.create_task(each(f"bascule.{runs}.run.run.started", group))
-        group.create_task(each(f"bascule.{runs}.ablation.*.requested", group))
-
-
-async def _finished(store: Store, run: str) -> bool:
-    """Whether a run has ended and was never asked for more; says so without reading all of it."""
-    if not await store.log.head(subjects.run_end(run)):
-        return False
-    return not await store.log.head(f"bascule.{run}.ablation.>")

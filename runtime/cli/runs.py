@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +19,7 @@ from bascule.runtime.cli.command import (
     app,
     live_progress,
     make_console,
+    on_store,
     print_json,
     run_async,
 )
@@ -60,7 +60,7 @@ def run(
     With --url the run is only started and followed; `bascule serve` processes do the work.
     """
     from bascule.plugins.loader import plugins
-    from bascule.runtime.cli import launch
+    from bascule.runtime.cli import configuration, launch
     from bascule.runtime.cli.store import home_folder, open_store
 
     given: dict[str, Any] = {
@@ -73,8 +73,8 @@ def run(
         "policy": {"name": policy} if policy else None,
         "author": {"name": author} if author else None,
     }
-    config = launch.configure(given, set_ or [], plugins())
-    started = launch.preflight(config, plugins())
+    config = configuration.configure(given, set_ or [], plugins())
+    started = configuration.preflight(config, plugins())
 
     async def execute() -> None:
         async with open_store(
@@ -136,41 +136,33 @@ async def _follow(store: Store, name: str, as_json: bool, *, serve: bool, skip: 
 
 
 @app.command()
-def status(
+@on_store
+async def status(
+    store: Store,
     run: Annotated[str | None, typer.Argument(help="One run in full; all runs in a line each without it.")] = None,
-    home: Home = None,
-    url: Url = None,
-    credentials: Credentials = None,
     as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """What runs there are, and how far they are; also while they run."""
+) -> int:
+    """What runs there are, and how far they are; also while they run. Exit 2 if one of them cannot be read."""
     from bascule.runtime.cli.show import show_report, show_runs
-    from bascule.runtime.cli.store import home_folder, open_store
     from bascule.schemas.errors import Corrupt, SchemaError
 
-    async def execute() -> None:
-        async with open_store(home_folder(home), url=url, credentials=credentials) as store:
-            if run is not None:
-                result = await _report(store, run, picture=False)
-                print_json(result) if as_json else show_report(result, make_console())
-                return
-            results, damaged = [], []
-            async for name in store.runs():
-                try:
-                    results.append((await _reporter(store, name)).report())
-                except (Corrupt, SchemaError) as e:
-                    damaged.append({"run": name, "error": str(e)})
-        if as_json:
-            print_json([*results, *damaged])
-        else:
-            show_runs(results, make_console())
-            for one in damaged:
-                typer.echo(f"{one['run']}: {one['error']}", err=True)
-        if damaged:
-            raise typer.Exit(Exit.NOT_INTACT)
-
-    run_async(execute())
+    if run is not None:
+        result = await _report(store, run, picture=False)
+        print_json(result) if as_json else show_report(result, make_console())
+        return Exit.SAME
+    results, damaged = [], []
+    async for name in store.runs():
+        try:
+            results.append((await _reporter(store, name)).report())
+        except (Corrupt, SchemaError) as e:
+            damaged.append({"run": name, "error": str(e)})
+    if as_json:
+        print_json([*results, *damaged])
+    else:
+        show_runs(results, make_console())
+        for one in damaged:
+            typer.echo(f"{one['run']}: {one['error']}", err=True)
+    return Exit.NOT_INTACT if damaged else Exit.SAME
 
 
 @app.command()
@@ -203,50 +195,29 @@ def ablate(
     run_async(execute())
 
 
-def _ending(
-    run: str, home: Path | None, url: str | None, credentials: Path | None, *, cancel: bool, reason: str, as_json: bool
-) -> None:
+async def _ending(store: Store, run: str, reason: str, as_json: bool, *, cancel: bool) -> None:
     from bascule.runtime.cli import launch
-    from bascule.runtime.cli.store import home_folder, open_store
 
-    async def execute() -> None:
-        async with open_store(home_folder(home), url=url, credentials=credentials) as store:
-            await launch.end(store, run, cancel=cancel, reason=reason)
-
-    run_async(execute())
-    status = "cancelled" if cancel else "paused"
-    print_json({"run": run, "status": status}) if as_json else typer.echo(f"{run}: {status}")
+    await launch.end(store, run, cancel=cancel, reason=reason)
+    now = "cancelled" if cancel else "paused"
+    print_json({"run": run, "status": now}) if as_json else typer.echo(f"{run}: {now}")
 
 
 Reason = Annotated[str, typer.Option(help="Recorded with it.")]
 
 
 @app.command()
-def pause(
-    run: Run,
-    reason: Reason = "asked for",
-    home: Home = None,
-    url: Url = None,
-    credentials: Credentials = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+@on_store
+async def pause(store: Store, run: Run, reason: Reason = "asked for", as_json: Json = False) -> None:
     """Make the services let go of a run; `bascule resume` goes on from what the log holds."""
-    _ending(run, home, url, credentials, cancel=False, reason=reason, as_json=as_json)
+    await _ending(store, run, reason, as_json, cancel=False)
 
 
 @app.command()
-def cancel(
-    run: Run,
-    reason: Reason = "asked for",
-    home: Home = None,
-    url: Url = None,
-    credentials: Credentials = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+@on_store
+async def cancel(store: Store, run: Run, reason: Reason = "asked for", as_json: Json = False) -> None:
     """End a run for good."""
-    _ending(run, home, url, credentials, cancel=True, reason=reason, as_json=as_json)
+    await _ending(store, run, reason, as_json, cancel=True)
 
 
 async def _reporter(store: Store, name: str, *listeners: Callable[[Recorded], None]) -> Reporter:

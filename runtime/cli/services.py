@@ -80,17 +80,17 @@ def serve(
     Any number of rollout and verifier processes share the work. All processes need the same --home, where the blobs
     are, or BASCULE_BLOBS=nats, which keeps them on the server.
     """
-    from bascule.runtime.cli import launch
+    from bascule.runtime.cli import serving
     from bascule.runtime.cli.store import home_folder, open_store
 
     console = make_console(err=True)
-    found = launch.service_named(service)
+    found = serving.service_named(service)
 
     async def execute() -> None:
         opened = open_store(home_folder(home), url=url, credentials=credentials, user=service, start=False, writes=True)
         async with opened as store:
             console.print(f"{service}: serving", highlight=False)
-            await launch.serve_forever(
+            await serving.serve_forever(
                 store, found, run, lambda text: console.print(text, highlight=False, markup=False)
             )
 

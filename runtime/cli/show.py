@@ -94,7 +94,8 @@ def show_explanation(found: Explanation, console: Console) -> None:
     console.print("the run was pinned to: " + ", ".join(found.versions), highlight=False, soft_wrap=True)
 
 
-def _named(lever: str, algorithm: str | None) -> str:
+def named(lever: str, algorithm: str | None) -> str:
+    """A choice in words."""
     return lever + (f" with {algorithm}" if algorithm else "")
 
 
@@ -103,19 +104,19 @@ def _show_choice(found: Explanation, c: LeverChosen, console: Console) -> None:
     score = f" It scored {chosen.score:.3g}." if chosen and chosen.score is not None else ""
     console.print(
         f"At step {c.generation} the policy {c.policy} (version {c.policy_version}) chose "
-        f"[bold]{_named(c.lever, c.algorithm)}[/]: {escape('; '.join(c.reasons))}.{score}",
+        f"[bold]{named(c.lever, c.algorithm)}[/]: {escape('; '.join(c.reasons))}.{score}",
         highlight=False,
     )
     others = [o for o in c.options if o is not chosen]
     ranked = sorted((o for o in others if o.feasible), key=lambda o: -(o.score or 0.0))
     if ranked:
         text = "; ".join(
-            f"{_named(o.lever, o.algorithm)} at {o.score or 0.0:.3g} ({'; '.join(o.reasons)})" for o in ranked
+            f"{named(o.lever, o.algorithm)} at {o.score or 0.0:.3g} ({'; '.join(o.reasons)})" for o in ranked
         )
         console.print(f"Also feasible, and not chosen: {escape(text)}.", highlight=False)
     out = [o for o in others if not o.feasible]
     if out:
-        text = "; ".join(f"{_named(o.lever, o.algorithm)} ({'; '.join(o.reasons)})" for o in out)
+        text = "; ".join(f"{named(o.lever, o.algorithm)} ({'; '.join(o.reasons)})" for o in out)
         console.print(f"Not feasible: {escape(text)}.", highlight=False)
     console.print(_came_of_it(found), highlight=False)
     figures = _table(title="the figures that it saw")

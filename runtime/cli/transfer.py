@@ -55,7 +55,7 @@ def export(
     credentials: Credentials = None,
     debug: Debug = False,
 ) -> None:
-    """Write a run as one file that proves itself: events, chain, blobs. Signed if BASCULE_SIGNING_KEY names a key."""
+    """Write a run as one file: events, hash chain, blobs. Signed if BASCULE_SIGNING_KEY names a key."""
     from bascule.runtime.cli.store import home_folder, open_store
     from bascule.runtime.exports.writer import write_export
     from bascule.runtime.signing import signer_from_environment

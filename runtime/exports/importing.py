@@ -75,17 +75,14 @@ async def import_export(
     await _put_blobs(export, blobs)
     rest = (NewEvent(subject=e.subject, payload=e.payload) for e in export.events() if e.seq > there)
     await append_all(log, rest, home=home, run=manifest.run)
-    chain = Chain()
-    async for event in log.read(f"bascule.{manifest.run}.>"):
-        chain.add(event)
+    chain = await chain_of(log, manifest.run)
     if (chain.count, chain.head.hex()) != (manifest.events, manifest.head):
         raise Corrupt(
             f"The run {manifest.run} was imported, but its chain is not the export's.",
             next_step="The log or the export was changed meanwhile: run `bascule verify` on both.",
         )
     if anchor is not None:
-        head = Head(count=chain.count, seq=chain.seq, head=chain.head.hex())
-        anchor.append((await log.extent()).log, {manifest.run: head})
+        await note(anchor, log, manifest.run, chain)
     return Imported(
         run=manifest.run,
         events=manifest.events,
@@ -93,6 +90,20 @@ async def import_export(
         blobs=sum(blob.included for blob in manifest.blobs),
         head=manifest.head,
     )
+
+
+async def chain_of(log: EventLog, run: str) -> Chain:
+    """The chain of a run as the log holds it."""
+    chain = Chain()
+    async for event in log.read(f"bascule.{run}.>"):
+        chain.add(event)
+    return chain
+
+
+async def note(anchor: Anchor, log: EventLog, run: str, chain: Chain) -> None:
+    """Let the anchor know a run that was written whole."""
+    head = Head(count=chain.count, seq=chain.seq, head=chain.head.hex())
+    anchor.append((await log.extent()).log, {run: head})
 
 
 async def _matching(export: Export, log: EventLog) -> int:

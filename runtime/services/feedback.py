@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 from bascule.plugins.policy import (
     AuthorInput,
+    Call,
     CallModel,
     CallResult,
     CallTool,
+    HarnessEdit,
     NoEdit,
     Performer,
     PolicyInput,
@@ -102,8 +104,19 @@ def _generation(session: str) -> int:
     return int(session[1:].partition("-")[0])
 
 
+def _choose(state: RunState, world: World, generation: int, given: PolicyInput) -> Call | LeverDecision:
+    """The policy's next step, after all calls that it has made."""
+    return world.policy.step(given, tuple(state.calls.get(policy_session(generation), ())))
+
+
+def _write(state: RunState, world: World, generation: int) -> Call | HarnessEdit | NoEdit:
+    """The author's next step, after all calls that it has made."""
+    results = tuple(state.calls.get(author_session(generation), ()))
+    return world.author.step(author_input(state, world, generation), results)
+
+
 def _after_call(state: RunState, world: World, data: CallResult, cause: str) -> list[Draft]:
-    """Step the machine that asked on, unless it has asked for several and this is not the newest answer."""
+    """Step on the machine that asked, if its decision is still open."""
     generation = state.open_choice
     if generation is not None and data.session == policy_session(generation):
         return _next_generation(state, world, generation, cause)
@@ -115,7 +128,7 @@ def _after_call(state: RunState, world: World, data: CallResult, cause: str) -> 
 
 def _next_generation(state: RunState, world: World, generation: int, cause: str) -> list[Draft]:
     given = policy_input(state, world, generation)
-    decision = world.policy.step(given, tuple(state.calls.get(policy_session(generation), ())))
+    decision = _choose(state, world, generation, given)
     if not isinstance(decision, LeverDecision):
         return []  # a call, which the service makes
     chosen = LeverChosen(
@@ -144,8 +157,7 @@ def _edit(state: RunState, world: World, generation: int, cause: str) -> list[Dr
     assert best is not None
     parent = state.candidate(best)
     harness = state.harnesses[parent.harness]
-    results = tuple(state.calls.get(author_session(generation), ()))
-    edit = world.author.step(author_input(state, world, generation), results)
+    edit = _write(state, world, generation)
     if isinstance(edit, CallModel | CallTool):
         return []
     subject = subjects.harness_outcome(state.run, generation)
@@ -316,7 +328,7 @@ class Feedback:
                 view.logger.info("call.started", session=session, ordinal=ordinal)
                 await self._perform(view, session, ordinal, call)
 
-    async def _perform(self, view: View, session: str, ordinal: int, call: CallModel | CallTool) -> None:
+    async def _perform(self, view: View, session: str, ordinal: int, call: Call) -> None:
         machine = view.world.policy if session.endswith("-policy") else view.world.author
         if not isinstance(machine, Performer):
             raise ConfigError(
@@ -372,16 +384,15 @@ def _asked_by(state: RunState, session: str, ordinal: int) -> str:
     return subjects.event_id(subjects.candidate_gate(run, before.number))
 
 
-def pending(state: RunState, world: World) -> tuple[str, int, CallModel | CallTool] | None:
+def pending(state: RunState, world: World) -> tuple[str, int, Call] | None:
     """The call that is asked for and not recorded yet: its session, its place in it, and what it is."""
+    asked: Call | LeverDecision | HarnessEdit | NoEdit
     if (generation := state.open_choice) is not None:
         session = policy_session(generation)
-        results = tuple(state.calls.get(session, ()))
-        asked: object = world.policy.step(policy_input(state, world, generation), results)
+        asked = _choose(state, world, generation, policy_input(state, world, generation))
     elif (generation := state.open_edit) is not None:
         session = author_session(generation)
-        results = tuple(state.calls.get(session, ()))
-        asked = world.author.step(author_input(state, world, generation), results)
+        asked = _write(state, world, generation)
     else:
         return None
-    return (session, len(results), asked) if isinstance(asked, CallModel | CallTool) else None
+    return (session, len(state.calls.get(session, ())), asked) if isinstance(asked, CallModel | CallTool) else None

@@ -16,7 +16,8 @@ import pytest
 from bascule.plugins.loader import Plugins, load_plugins
 from bascule.runtime.audit import replay as audit
 from bascule.runtime.audit.whatif import whatif
-from bascule.runtime.cli.launch import configure, preflight, producer
+from bascule.runtime.cli.configuration import configure, preflight
+from bascule.runtime.cli.launch import producer
 from bascule.runtime.log.blobs import FileBlobs
 from bascule.runtime.log.memory import MemoryLog
 from bascule.runtime.runner import View, serve

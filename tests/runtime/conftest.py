@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from bascule.plugins.loader import plugins
-from bascule.runtime.cli.launch import configure, preflight, producer
+from bascule.runtime.cli.configuration import configure, preflight
+from bascule.runtime.cli.launch import producer
 from bascule.runtime.log.blobs import FileBlobs
 from bascule.runtime.log.memory import MemoryLog
 from bascule.runtime.runner import View

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from bascule.plugins.loader import plugins
-from bascule.runtime.cli.launch import configure, preflight
+from bascule.runtime.cli.configuration import configure, preflight
 from bascule.runtime.exports.writer import TarSink, write_export
 from bascule.runtime.log.blobs import OCTETS, FileBlobs, ref_of
 from bascule.runtime.log.memory import MemoryLog

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bascule.runtime.blob_care import BlobReferences
-from bascule.runtime.cli import launch
+from bascule.runtime.cli import launch, serving
 from bascule.runtime.cli.store import Store
 from bascule.runtime.exports import importing
 from bascule.runtime.exports.importing import append_all, import_export, unfinished
@@ -133,7 +133,7 @@ async def test_no_service_touches_a_run_that_is_there_only_in_part(
             raise Told
 
         with pytest.RaisesGroup(Told):
-            await launch.serve_forever(store, launch.service_named("meta"), None, say)
+            await serving.serve_forever(store, serving.service_named("meta"), None, say)
         assert told == ["sample: it is not whole yet. Looking again in 1 s."]
     log.left = 9
     with open_export(tar) as found:

@@ -10,7 +10,8 @@ import pytest
 from bascule.plugins.loader import plugins
 from bascule.runtime.audit.replay import replay
 from bascule.runtime.audit.whatif import Fork, whatif
-from bascule.runtime.cli.launch import override, producer
+from bascule.runtime.cli.configuration import override
+from bascule.runtime.cli.launch import producer
 from bascule.runtime.log.memory import MemoryLog
 from bascule.runtime.runner import View, serve
 from bascule.runtime.services.catalog import SERVICES

@@ -1,0 +1,124 @@
+"""What a run is asked to do: from the task's defaults and the user's values to its start, checked and pinned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bascule.plugins.loader import Plugins
+from bascule.runtime.log.rules import MAX_BATCH
+from bascule.runtime.services.rollout import engine_params
+from bascule.runtime.world import World, merged, plain, task_digest
+from bascule.schemas.errors import ConfigError
+from bascule.schemas.events import RunStarted
+from bascule.schemas.run import PluginChoice, RunConfig, parse_config
+from bascule.trainers.params import train_params
+
+
+def configure(given: dict[str, Any], overrides: Sequence[str], loaded: Plugins) -> RunConfig:
+    """The run's configuration: the task's defaults, then the user's values.
+
+    Raises:
+        ConfigError: an unknown task, plugin, field or value.
+    """
+    base = {k: v for k, v in given.items() if v is not None}
+    for item in overrides:
+        base = merged(base, override(item))
+    if not isinstance(base.get("task"), dict) or not isinstance(base["task"].get("params", {}), dict):
+        raise ConfigError(f"{base.get('task')!r} does not name a task.", next_step="`bascule tasks` lists them.")
+    # A resume may come from another folder.
+    if isinstance(base.get("model"), str) and "\0" not in base["model"] and Path(base["model"]).exists():
+        base["model"] = str(Path(base["model"]).absolute())
+    engine = base.get("engine")
+    path = engine["params"].get("path") if isinstance(engine, dict) and isinstance(engine.get("params"), dict) else None
+    if isinstance(path, str):
+        base = merged(base, {"engine": {"params": {"path": str(Path(path).absolute())}}})
+    task = loaded.registry.tasks.get(str(base["task"]["name"]))(base["task"].get("params", {}))
+    defaults = plain(RunConfig(task=PluginChoice(name=task.name)))
+    return parse_config(merged(merged(defaults, task.defaults()), base))
+
+
+def override(item: str) -> dict[str, Any]:
+    """``KEY=VALUE`` as nested configuration values; VALUE is JSON, or else text.
+
+    A plugin may be named alone (``policy=rules``), and its parameters without ``params`` (``policy.patience=2``).
+
+    Raises:
+        ConfigError: it is not KEY=VALUE.
+    """
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {item!r} is not KEY=VALUE.", next_step="For example --set gate.alpha=0.01.")
+    try:
+        value: Any = msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        value = text
+    parts = key.split(".")
+    if parts[0] in ("task", "engine", "policy", "author"):
+        if len(parts) == 1 and isinstance(value, str):
+            parts.append("name")
+        elif len(parts) == 2 and parts[1] not in ("name", "params"):
+            parts.insert(1, "params")
+    for part in reversed(parts):
+        value = {part: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def preflight(config: RunConfig, loaded: Plugins) -> RunStarted:
+    """Check everything that can be checked before anything is recorded or spent, and pin it.
+
+    Raises:
+        BasculeError: a plugin, the task's data or the model is not there or not usable.
+    """
+    world = World(loaded, config)
+    loaded.registry.engines.get(config.engine.name)(config.model, engine_params(config, config.engine))
+    _ = world.policy, world.author
+    for algorithm in world.algorithms:
+        train_params(algorithm.params)
+    public = world.public
+    check_splits(world)
+    digest = ""
+    if config.engine.name == "transformers" or "weights" in config.levers:
+        from bascule.trainers.base_model import model_digest, resolve_model
+
+        digest = model_digest(resolve_model(config.model))
+    return RunStarted(
+        config=config,
+        task_version=public.version,
+        task_digest=task_digest(public),
+        train=len(world.positions("train")),
+        dev=len(world.positions("dev")),
+        sealed=len(world.positions("sealed")),
+        model_digest=digest,
+        plugins=world.pins(),
+    )
+
+
+def check_splits(world: World) -> None:
+    """Refuse a task that a run could not get through.
+
+    Raises:
+        ConfigError: a split is empty, a train item has no answer, or a decision would ask for too many shards.
+    """
+    public, e = world.public, world.config.evaluation
+    for split in ("train", "dev", "sealed"):
+        if not public.split(split):
+            raise ConfigError(
+                f"The split {split} of the task {public.name} is empty.", next_step="A run needs all three."
+            )
+    missing = [x.id for x in public.train if x.id not in public.answers]
+    if missing:
+        raise ConfigError(
+            f"The task {public.name} has no answer for the train item {missing[0]!r}.", next_step="Correct the task."
+        )
+    sizes = (len(world.positions("dev")) + e.train_groups, 2 * len(world.positions("sealed")))
+    shards = max(-(-size // world.config.shard_size) for size in sizes) + 4
+    if shards > MAX_BATCH:
+        raise ConfigError(
+            f"A decision would ask for {shards} shards, and an atomic batch holds {MAX_BATCH} events.",
+            next_step="Raise shard_size, or lower the evaluation sizes.",
+        )
