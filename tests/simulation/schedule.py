@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from bascule.runtime import runner
+from bascule.runtime import redaction
 from bascule.runtime.log import memory
 from bascule.runtime.log.memory import MemoryLog
 from bascule.runtime.log.protocol import EventLog, NewEvent
@@ -72,7 +72,7 @@ def _stand_ins() -> Iterator[None]:
     of a state, which would only be logged: the states themselves are compared.
     """
     stand_ins: list[tuple[Any, str, Any]] = [
-        (runner, "datetime", _Clock),
+        (redaction, "datetime", _Clock),
         (memory, "matches", _matches),
         (codec, "event_id", _event_id),
         (RunState, "digest", lambda state: b""),
