@@ -44,8 +44,8 @@ class Plugins(msgspec.Struct, frozen=True):
     registry: Registry
     loaded: tuple[LoadedPlugin, ...]
 
-    def pin(self, kind: str, name: str) -> PluginPin:
-        """Version and hash of what provides ``kind:name``."""
+    def pin(self, kind: str, name: str, version: str | None = None) -> PluginPin:
+        """Version and hash of what provides ``kind:name``, in that version where it is kept."""
         found = next(k for k in self.registry.kinds if k.name == kind)
         found.get(name)
         owner = found.owners[name]
@@ -53,7 +53,7 @@ class Plugins(msgspec.Struct, frozen=True):
         return PluginPin(
             kind=kind,
             name=name,
-            version=found.versions[name],
+            version=version if version is not None and (name, version) in found.earlier else found.versions[name],
             distribution=f"{owner} {plugin.version}",
             hash=plugin.hash,
         )
@@ -107,6 +107,8 @@ def _register(manager: pluggy.PluginManager, registry: Registry, module: object,
         for kind, items in zip(registry.kinds, before, strict=True):
             for name in set(kind.items) - set(items):
                 del kind.items[name], kind.owners[name], kind.versions[name]
+            for key in [k for k in kind.earlier if k[0] not in kind.items]:
+                del kind.earlier[key]
         raise
     return tuple(
         f"{kind.name}:{name}"

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import msgspec
 
-from bascule.plugins.algorithm import Requirement
+from bascule.plugins.algorithm import Requires
 from bascule.plugins.task import Example
 from bascule.schemas.decision import LeverDecision
 from bascule.schemas.events import GateFigures, ModelCalled, ToolCalled
@@ -75,7 +75,7 @@ class AlgorithmInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     version: str
-    requires: tuple[Requirement, ...]
+    requires: Requires
     params: dict[str, Any]
 
 

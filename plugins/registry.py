@@ -29,13 +29,20 @@ class Kind(Generic[T]):
         self.items: dict[str, T] = {}
         self.owners: dict[str, str] = {}
         self.versions: dict[str, str] = {}
+        self.earlier: dict[tuple[str, str], T] = {}
 
-    def add(self, name: str, item: T, *, owner: str, version: str) -> None:
+    def add(self, name: str, item: T, *, owner: str, version: str, earlier: bool = False) -> None:
         """Register ``item``.
+
+        Args:
+            earlier: it decides for the runs that are pinned to this version of it, and for no new one.
 
         Raises:
             NameTaken: names both owners.
         """
+        if earlier:
+            self.earlier[name, version] = item
+            return
         if name in self.items:
             raise NameTaken(
                 f"Two plugins register the {self.name} {name!r}: {self.owners[name]} and {owner}.",
@@ -45,12 +52,14 @@ class Kind(Generic[T]):
         self.owners[name] = owner
         self.versions[name] = version
 
-    def get(self, name: str) -> T:
-        """Look up by name.
+    def get(self, name: str, version: str | None = None) -> T:
+        """Look up by name: that version where it is kept, else the present one.
 
         Raises:
             ConfigError: unknown; lists what there is.
         """
+        if version is not None and (name, version) in self.earlier:
+            return self.earlier[name, version]
         try:
             return self.items[name]
         except KeyError:
@@ -74,14 +83,16 @@ class Registry:
     def kinds(self) -> tuple[Kind[Any], ...]:
         return (self.algorithms, self.tasks, self.policies, self.authors, self.engines, self.redactors)
 
-    def algorithm(self, item: Algorithm) -> None:
-        self.algorithms.add(item.name, item, owner=self.owner, version=item.version)
+    def algorithm(self, item: Algorithm, *, earlier: bool = False) -> None:
+        self.algorithms.add(item.name, item, owner=self.owner, version=item.version, earlier=earlier)
 
     def task(self, name: str, factory: TaskFactory, *, version: str) -> None:
         self.tasks.add(name, factory, owner=self.owner, version=version)
 
-    def policy(self, name: str, factory: Callable[[dict[str, Any]], Policy], *, version: str) -> None:
-        self.policies.add(name, factory, owner=self.owner, version=version)
+    def policy(
+        self, name: str, factory: Callable[[dict[str, Any]], Policy], *, version: str, earlier: bool = False
+    ) -> None:
+        self.policies.add(name, factory, owner=self.owner, version=version, earlier=earlier)
 
     def author(self, name: str, factory: Callable[[dict[str, Any]], Author], *, version: str) -> None:
         self.authors.add(name, factory, owner=self.owner, version=version)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class BasculeError(Exception):
     """A failure that a person can act on.
@@ -101,9 +103,19 @@ class PromptError(EngineError):
 
 
 class TrainError(BasculeError):
-    """A training request cannot be carried out."""
+    """A training request cannot be carried out.
+
+    Attributes:
+        figures: what it was judged by, by name.
+    """
 
     code = "bascule.train"
+
+    def __init__(
+        self, message: str, *, next_step: str | None = None, figures: Mapping[str, float] | None = None
+    ) -> None:
+        super().__init__(message, next_step=next_step)
+        self.figures = dict(figures or {})
 
 
 class ScoringError(BasculeError):

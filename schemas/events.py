@@ -149,6 +149,7 @@ class TrajectoryScored(Data, frozen=True, kw_only=True):
     """The scoring process gave its verdict."""
 
     TYPE = "bascule.trajectory.scored"
+    VERSION = 2
     trajectory: str
     evaluation: str
     position: int
@@ -160,6 +161,7 @@ class EvaluationCompleted(Data, frozen=True, kw_only=True):
     """All trajectories of an evaluation are scored."""
 
     TYPE = "bascule.evaluation.completed"
+    VERSION = 2
     KIND = "decision"
     evaluation: str
     purpose: Purpose
@@ -281,13 +283,20 @@ class TrainRequested(Data, frozen=True, kw_only=True):
 
 
 class TrainStarted(Data, frozen=True, kw_only=True):
-    """An attempt at the job took over; appends of earlier attempts are refused from here on."""
+    """An attempt at the job took over; appends of earlier attempts are refused from here on.
+
+    Attributes:
+        threads: of the thread that computes; equal inputs give equal bytes at an equal count.
+        versions: of what computes, by name, and the ``device`` that it computes on.
+    """
 
     TYPE = "bascule.train.started"
+    VERSION = 2
     generation: int
     attempt: int
     resumed_after: int
     threads: int
+    versions: dict[str, str] = {}
 
 
 class AdapterCheckpointed(Data, frozen=True, kw_only=True):
@@ -297,10 +306,13 @@ class AdapterCheckpointed(Data, frozen=True, kw_only=True):
         adapter: its name, ``g04-i007``.
         files: the adapter in PEFT's layout, by file name; ``sha256`` is over all of them.
         state: adapter, optimiser and counters, to continue from. Of a job only the newest checkpoint's blobs are kept.
+        data_digest: of the trajectories that the update was trained from.
         metrics: loss, kl, clip_fraction, entropy, ess, grad_norm, trained_tokens, reward, ...
+        base: digest of the base model; empty if it was not recorded.
     """
 
     TYPE = "bascule.adapter.checkpointed"
+    VERSION = 2
     generation: int
     iteration: int
     attempt: int
@@ -311,12 +323,18 @@ class AdapterCheckpointed(Data, frozen=True, kw_only=True):
     data_digest: str
     metrics: dict[str, float]
     measured: Measured
+    base: str = ""
 
 
-class AdapterPublished(Data, frozen=True, kw_only=True):
-    """The job's last adapter, ready to become a candidate."""
+class AdapterPublished(Data, frozen=True, kw_only=True, omit_defaults=True):
+    """The job's last adapter, ready to become a candidate.
+
+    Attributes:
+        data_digest, metrics, base: of its checkpoint; empty in runs whose checkpoints have no ``base``.
+    """
 
     TYPE = "bascule.adapter.published"
+    VERSION = 2
     KIND = "decision"
     generation: int
     adapter: str
@@ -324,6 +342,9 @@ class AdapterPublished(Data, frozen=True, kw_only=True):
     sha256: str
     parent_adapter: str | None
     iterations: int
+    data_digest: str = ""
+    metrics: dict[str, float] = {}
+    base: str = ""
 
 
 class TrainFailed(Data, frozen=True, kw_only=True):

@@ -18,7 +18,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 0.0
 
 
-class RewardLandscape(msgspec.Struct, frozen=True, kw_only=True):
+class RewardLandscape(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Figures over the groups of one evaluation; a group is one example's samples.
 
     Attributes:
@@ -35,6 +35,8 @@ class RewardLandscape(msgspec.Struct, frozen=True, kw_only=True):
         errors: fraction of samples whose episode ended in an error.
         prompt_tokens, output_tokens: mean per trajectory.
         distinct_rewards: number of distinct rewards, at most 1000; 2 means pass/fail.
+        step_rewards: number of scored samples whose verdict has rewards of single model calls; left out if there are
+            none.
     """
 
     groups: int
@@ -53,3 +55,4 @@ class RewardLandscape(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: float
     output_tokens: float
     distinct_rewards: int
+    step_rewards: int = 0

@@ -121,11 +121,13 @@ class Scored(msgspec.Struct, frozen=True, kw_only=True, tag="scored", omit_defau
         reward: finite; what training maximises.
         passed: the pass/fail reading, where the task has one.
         well_formed: whether the answer had the form that the task asks for.
+        steps: a reward for each model call of the episode, in order, besides ``reward``; empty if there are none.
     """
 
     reward: float
     passed: bool | None = None
     well_formed: bool = True
+    steps: tuple[float, ...] = ()
 
 
 class Unscored(msgspec.Struct, frozen=True, kw_only=True, tag="unscored"):

@@ -25,7 +25,18 @@ class Upcast(msgspec.Struct, frozen=True):
     step: Step
 
 
-STEPS: tuple[Upcast, ...] = ()
+def _same(data: dict[str, Any]) -> dict[str, Any]:
+    """The next version only has more fields, whose defaults say that nothing was recorded."""
+    return data
+
+
+STEPS: tuple[Upcast, ...] = (
+    Upcast("bascule.trajectory.scored", 1, 2, _same),  # Scored.steps
+    Upcast("bascule.evaluation.completed", 1, 2, _same),  # RewardLandscape.step_rewards
+    Upcast("bascule.train.started", 1, 2, _same),  # versions
+    Upcast("bascule.adapter.checkpointed", 1, 2, _same),  # base
+    Upcast("bascule.adapter.published", 1, 2, _same),  # data_digest, metrics, base
+)
 
 
 def prove(types: Iterable[tuple[str, int]], upcasts: Iterable[Upcast]) -> dict[tuple[str, int], Step]:

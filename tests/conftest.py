@@ -6,6 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 import structlog
+from hypothesis import settings
+
+from tests import oracles
+
+# A busy machine is no failure.
+settings.register_profile("bascule", deadline=None)
+settings.load_profile("bascule")
 
 
 @pytest.fixture(autouse=True)
@@ -13,3 +20,11 @@ def _no_log_output() -> Iterator[None]:
     """Service logs of in-process runs stay out of the test report."""
     with structlog.testing.capture_logs():
         yield
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How far figures were from their oracles."""
+    if lines := oracles.table():
+        terminalreporter.section("deviations from oracles")
+        for line in lines:
+            terminalreporter.line(line)

@@ -65,6 +65,7 @@ def landscape(groups: Sequence[Sequence[SampleFigures]]) -> RewardLandscape:
         prompt_tokens=_mean([s.prompt_tokens for s in samples]),
         output_tokens=_mean([s.output_tokens for s in samples]),
         distinct_rewards=min(MAX_DISTINCT, len(set(rewards))),
+        step_rewards=sum(bool(v.steps) for v in scored),
     )
 
 

@@ -107,14 +107,15 @@ def judge(face: PrivateFace, request: Request) -> Verdict:
     if not isinstance(verdict, Scored):
         return Unscored(reason=f"The scorer returned a {type(verdict).__name__}, which is no verdict.")
     try:
-        reward = float(verdict.reward)
+        reward, *steps = map(float, (verdict.reward, *verdict.steps))
     except (TypeError, ValueError, OverflowError) as e:
         return Unscored(reason=f"The scorer gave a reward that is no number: {type(e).__name__}.")
-    if not math.isfinite(reward):
-        return Unscored(reason=f"The scorer gave the reward {reward}, which is not finite.")
+    odd = [r for r in (reward, *steps) if not math.isfinite(r)]
+    if odd:
+        return Unscored(reason=f"The scorer gave the reward {odd[0]}, which is not finite.")
     # A scorer's numpy scalars would not encode.
     passed = None if verdict.passed is None else bool(verdict.passed)
-    return Scored(reward=reward, passed=passed, well_formed=bool(verdict.well_formed))
+    return Scored(reward=reward, passed=passed, well_formed=bool(verdict.well_formed), steps=tuple(steps))
 
 
 def serve(source: BinaryIO, sink: BinaryIO, open_face: Callable[[str, dict[str, Any]], PrivateFace]) -> None:

@@ -3,21 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from bascule.plugins.algorithm import Credit, Group, Requirement, Sample
+import msgspec
+
+from bascule.plugins.algorithm import Credit, Group, Requires, Sample, Stream
+from bascule.plugins.algorithms.groups import distinct, scored
+from bascule.plugins.algorithms.params import job, read
+
+
+class BestOfNParams(msgspec.Struct, frozen=True, kw_only=True):
+    """What the credit reads.
+
+    Attributes:
+        keep: winners of a group at most.
+    """
+
+    keep: Annotated[int, msgspec.Meta(ge=1)] = 2
 
 
 class BestOfN:
     """Imitate the winners of each group: the samples that passed or, where the task has no pass, those at the group's
-    highest reward if that is above 0; at most ``keep`` of a group, each with weight 1.
+    highest reward if that is above 0; of samples with equal tokens the first, at most ``keep`` of a group, each with
+    weight 1.
 
-    Assumes that the verifier has few false positives. Needs no log-probabilities, so it fits samples of any origin.
+    Assumes that the verifier has few false positives. Needs no log-probabilities, so it fits samples of any origin. An
+    unscored sample is no winner and no loser.
     """
 
     name = "best_of_n"
+    version = "2"
+    requires = Requires(winners=True)
+    streams: frozenset[Stream] = frozenset()
+
+    def defaults(self) -> dict[str, Any]:
+        """Hyperparameters of the credit and the optimiser."""
+        return job(
+            steps=1,
+            groups=64,
+            num_iterations=4,
+            learning_rate=2e-4,
+            lr_scheduler_type="constant",
+            **msgspec.structs.asdict(BestOfNParams()),
+        )
+
+    def credit(self, groups: Sequence[Group], params: dict[str, Any]) -> list[Credit]:
+        """Weights, groups in their order, a group's winners in the order of its samples.
+
+        Raises:
+            ConfigError: a parameter is not usable.
+        """
+        own = read(BestOfNParams, params)
+        return [_imitated(same[0]) for g in groups for same in distinct(_winners(g))[: own.keep]]
+
+
+class BestOfN1(BestOfN):
+    """The first version: other defaults, and samples with equal tokens are imitated each."""
+
     version = "1"
-    requires: frozenset[Requirement] = frozenset({"winners"})
 
     def defaults(self) -> dict[str, Any]:
         """Hyperparameters of the credit and the optimiser."""
@@ -36,18 +79,22 @@ class BestOfN:
         }
 
     def credit(self, groups: Sequence[Group], params: dict[str, Any]) -> list[Credit]:
-        """Weights, groups in their order, a group's winners in the order of its samples."""
-        keep = int(params.get("keep", self.defaults()["keep"]))
-        return [
-            Credit(trajectory=s.trajectory, component="imitation", advantage=1.0)
-            for g in groups
-            for s in _winners(g)[:keep]
-        ]
+        """Weights, groups in their order, a group's winners in the order of its samples.
+
+        Raises:
+            ConfigError: a parameter is not usable.
+        """
+        own = read(BestOfNParams, params)
+        return [_imitated(s) for g in groups for s in _winners(g)[: own.keep]]
+
+
+def _imitated(sample: Sample) -> Credit:
+    return Credit(trajectory=sample.trajectory, component="imitation", advantage=1.0)
 
 
 def _winners(group: Group) -> list[Sample]:
-    scored = [s for s in group.samples if s.reward is not None]
-    if any(s.passed is not None for s in scored):
-        return [s for s in scored if s.passed]
-    best = max((s.reward for s in scored if s.reward is not None), default=0.0)
-    return [s for s in scored if s.reward == best and best > 0]
+    samples = scored(group)
+    if any(s.passed is not None for s, _ in samples):
+        return [s for s, _ in samples if s.passed]
+    best = max((reward for _, reward in samples), default=0.0)
+    return [s for s, reward in samples if reward == best and best > 0]

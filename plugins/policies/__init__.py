@@ -1,5 +1,7 @@
 """Built-in policies: who chooses the lever and the algorithm."""
 
+from functools import partial
+
 from bascule.plugins.hookspecs import hookimpl
 from bascule.plugins.policies import rules
 from bascule.plugins.registry import Registry
@@ -8,3 +10,4 @@ from bascule.plugins.registry import Registry
 @hookimpl
 def bascule_register(registry: Registry) -> None:
     registry.policy("rules", rules.make, version=rules.VERSION)
+    registry.policy("rules", partial(rules.make, version="1"), version="1", earlier=True)

@@ -12,11 +12,13 @@ from bascule.schemas.errors import ConfigError, PluginError
 
 GOOD = """
 from bascule.plugins import hookimpl
+from bascule.plugins.algorithm import Requires
 
 class Mine:
     name = "mine"
     version = "3"
-    requires = frozenset()
+    requires = Requires()
+    streams = frozenset()
     def defaults(self): return {}
     def credit(self, groups, params): return []
 
@@ -112,5 +114,5 @@ def test_the_allow_list_keeps_everything_else_out(install, monkeypatch: pytest.M
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"no algorithm 'nope'\. Known: best_of_n, grpo"):
+    with pytest.raises(ConfigError, match=r"no algorithm 'nope'\. Known: best_of_n, dpo, entropic, grpo"):
         load_plugins().registry.algorithms.get("nope")

@@ -98,6 +98,7 @@ LANDSCAPE = RewardLandscape(
     prompt_tokens=31.5,
     output_tokens=3.25,
     distinct_rewards=2,
+    step_rewards=30,
 )
 FIGURES = ev.GateFigures(
     test="mcnemar-exact",
@@ -150,7 +151,7 @@ def full() -> dict[str, tuple[str, ev.Data]]:
         evaluation="g01-train",
         position=3,
         sample=1,
-        verdict=Scored(reward=0.75, passed=True, well_formed=False),
+        verdict=Scored(reward=0.75, passed=True, well_formed=False, steps=(0.25, 0.5)),
     )
     unscored = msgspec.structs.replace(scored, verdict=Unscored(reason="The scoring process was stopped."))
     found: list[tuple[str, ev.Data]] = [
@@ -281,7 +282,10 @@ def full() -> dict[str, tuple[str, ev.Data]]:
                 seed=99,
             ),
         ),
-        (s.train_started(r, 1, 2), ev.TrainStarted(generation=1, attempt=2, resumed_after=1, threads=2)),
+        (
+            s.train_started(r, 1, 2),
+            ev.TrainStarted(generation=1, attempt=2, resumed_after=1, threads=2, versions={"torch": "2.13.0"}),
+        ),
         (
             s.adapter_checkpointed(r, 1, 2),
             ev.AdapterCheckpointed(
@@ -295,6 +299,7 @@ def full() -> dict[str, tuple[str, ev.Data]]:
                 data_digest=DIGEST,
                 metrics={"loss": -0.0123, "kl": 1e-05},
                 measured=MEASURED,
+                base=DIGEST,
             ),
         ),
         (
@@ -306,6 +311,9 @@ def full() -> dict[str, tuple[str, ev.Data]]:
                 sha256=BLOB.sha256,
                 parent_adapter="g00-i002",
                 iterations=3,
+                data_digest=DIGEST,
+                metrics={"loss": -0.0123, "kl": 1e-05},
+                base=DIGEST,
             ),
         ),
         (s.train_outcome(r, 2), ev.TrainFailed(generation=2, attempt=1, reason="no group", figures={"groups": 0.5})),

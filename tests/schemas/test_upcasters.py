@@ -106,7 +106,7 @@ def at_version(monkeypatch: pytest.MonkeyPatch, type_: type[Any], version: int, 
         monkeypatch.delitem(table, key)
     monkeypatch.setitem(TYPES, (type_.TYPE, version), type_)
     monkeypatch.setitem(codec._decoders, (type_.TYPE, version), msgspec.json.Decoder(type_))
-    for at, function in prove(TYPES, upcasts).items():
+    for at, function in prove(TYPES, (*STEPS, *upcasts)).items():
         monkeypatch.setitem(codec.UPCASTERS, at, function)
 
 

@@ -93,3 +93,10 @@ def test_order_does_not_matter_and_every_figure_is_finite(groups: list[list[Samp
 def _numbers(found: RewardLandscape) -> list[float]:
     values = msgspec.to_builtins(found)
     return [*values.pop("pass_rates"), *values.pop("score_interval").values(), *values.values()]
+
+
+def test_step_rewards_are_counted_and_leave_no_trace_where_there_are_none() -> None:
+    """Landscapes of earlier code have no such figure, and replaying them must give their bytes."""
+    stepped = SampleFigures(verdict=Scored(reward=1.0, steps=(0.25, 0.75)))
+    assert landscape([[stepped, sample(1.0)], [stepped, sample(None)]]).step_rewards == 2
+    assert "step_rewards" not in msgspec.to_builtins(landscape([[sample(1.0), sample(None)]]))
