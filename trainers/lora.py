@@ -1,21 +1,24 @@
 """LoRA adapters (arXiv 2106.09685) with PEFT: made, written as files that PEFT and vLLM read, and read without trust.
 
 An adapter is two files, ``adapter_config.json`` and ``adapter_model.safetensors``, in PEFT's layout. The same weights
-give the same bytes.
+give the same bytes. The second file's metadata names the base model by its digest.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 
-from bascule.schemas.errors import TrainError
-from bascule.trainers.base_model import IMPORTS
+from bascule.schemas.errors import ConfigError, TrainError
+from bascule.trainers.base_model import IMPORTS, digest_of
+from bascule.trainers.params import TrainParams
 from bascule.trainers.tensorfile import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -35,32 +38,85 @@ _FIXED: dict[str, Any] = {
     "use_dora": False,
     "use_rslora": False,
 }
-_FREE = {"r", "lora_alpha", "target_modules"}
-_KEY = re.compile(r"base_model\.model\.[\w.]+\.lora_[AB]\.weight")
+_FREE = {"r", "lora_alpha", "target_modules", "target_parameters"}
+_KEY = re.compile(r"base_model\.model\.(?P<module>[\w.]+?)(?P<nested>(?:\.base_layer)*)\.lora_(?P<factor>[AB])\.weight")
 
 
-def attach_lora(base: torch.nn.Module, r: int, lora_alpha: float, seed: int) -> PeftModel:
-    """Freeze ``base`` and add a fresh adapter to all its linear layers but the output embedding.
+def attach_lora(base: torch.nn.Module, params: TrainParams, seed: int) -> PeftModel:
+    """Freeze ``base`` and add a fresh adapter of the rank, scale, dropout and targets that ``params`` name.
 
     A is drawn from ``seed``, whatever the state of torch's generators; B is 0, so the model's outputs do not change.
-    There is no dropout: it would make the trainer's log-probabilities differ from the sampler's.
+    Dropout acts in training mode only. For a parameter that is a stack of experts, each expert has factors of the rank;
+    PEFT folds them into one A [experts * r, in] and one B [out, r * experts].
+
+    Raises:
+        ConfigError: a target is unknown or cannot be served, there is none, or dropout is asked for experts.
     """
     with IMPORTS:
         from peft import LoraConfig, get_peft_model
 
+    modules, parameters = targets(base, params)
     base.requires_grad_(False)
     config = LoraConfig(
-        r=r,
-        lora_alpha=lora_alpha,  # type: ignore[arg-type]
-        target_modules=linear_layers(base),
-        lora_dropout=0.0,
+        r=params.lora_r,
+        lora_alpha=params.lora_alpha,  # type: ignore[arg-type]
+        target_modules=modules,
+        target_parameters=parameters or None,
+        lora_dropout=params.lora_dropout,
         bias="none",
         task_type="CAUSAL_LM",
     )
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        return get_peft_model(base, config)
+        model = get_peft_model(base, config)
+    if sorted(config.target_modules or ()) != modules:
+        # For some mixture-of-experts models PEFT reads the names of an earlier layout into targets, at another rank.
+        raise ConfigError(
+            f"PEFT adapts other parts of this base model than lora_target_modules names: {', '.join(modules)}.",
+            next_step="Name the attention's layers there, and the experts in lora_target_parameters.",
+        )
+    return model
+
+
+def targets(base: torch.nn.Module, params: TrainParams) -> tuple[list[str], list[str]]:
+    """The modules and parameters that ``params`` has adapted, sorted, under the names that PEFT knows them by.
+
+    Raises:
+        ConfigError: as :func:`attach_lora`.
+    """
+    linear, experts = linear_layers(base), expert_parameters(base)
+    modules = linear if params.lora_target_modules is None else sorted(set(params.lora_target_modules))
+    parameters = sorted(set(params.lora_target_parameters))
+    embeddings = set(modules) & embedding_layers(base)
+    if embeddings:
+        raise ConfigError(
+            f"lora_target_modules names {', '.join(sorted(embeddings))}: adapters of input or output embeddings "
+            "cannot be served.",
+            next_step=f"Name layers among {', '.join(linear)}.",
+        )
+    _known("lora_target_modules", modules, linear)
+    _known("lora_target_parameters", parameters, experts)
+    if not modules and not parameters:
+        raise ConfigError(
+            "lora_target_modules and lora_target_parameters name nothing to train.",
+            next_step=f"Name layers among {', '.join(linear)}, or leave lora_target_modules out for all of them.",
+        )
+    if parameters and params.lora_dropout:
+        raise ConfigError(
+            f"lora_dropout is {params.lora_dropout:g}, but PEFT has none for lora_target_parameters.",
+            next_step="Set lora_dropout to 0.",
+        )
+    return modules, parameters
+
+
+def _known(setting: str, names: Iterable[str], there: list[str]) -> None:
+    unknown = sorted(set(names) - set(there))
+    if unknown:
+        raise ConfigError(
+            f"{setting} names {', '.join(unknown)}, which the base model does not have.",
+            next_step=f"It has {', '.join(there) or 'none of this kind'}.",
+        )
 
 
 def linear_layers(base: torch.nn.Module) -> list[str]:
@@ -74,6 +130,33 @@ def linear_layers(base: torch.nn.Module) -> list[str]:
     return sorted(names)
 
 
+def embedding_layers(base: torch.nn.Module) -> set[str]:
+    """Last names of the input and output embeddings."""
+    layers = (base.get_input_embeddings(), base.get_output_embeddings())  # type: ignore[operator]
+    return {n.rsplit(".", 1)[-1] for n, module in base.named_modules() if any(module is layer for layer in layers)}
+
+
+def expert_parameters(base: torch.nn.Module) -> list[str]:
+    """Sorted names, within a layer, of the stacks of experts' weights, as PEFT's ``target_parameters`` has them."""
+    return sorted({re.sub(r"^.*\.\d+\.", "", name) for name, p in base.named_parameters() if p.ndim == 3})
+
+
+def with_adapter(params: TrainParams, files: Mapping[str, bytes]) -> TrainParams:
+    """``params`` with rank, scale and targets of the adapter that a job continues from.
+
+    Raises:
+        TrainError: the files are not usable (:func:`check_adapter`).
+    """
+    config, _ = check_adapter(files)
+    return msgspec.structs.replace(
+        params,
+        lora_r=config["r"],
+        lora_alpha=config["lora_alpha"],
+        lora_target_modules=tuple(config["target_modules"]),
+        lora_target_parameters=tuple(config["target_parameters"] or ()),
+    )
+
+
 def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
     """The adapter's weights under PEFT's file keys, float32 on the CPU, sorted by key."""
     from peft import get_peft_model_state_dict
@@ -83,21 +166,16 @@ def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
 
 
 def adapter_files(model: PeftModel) -> dict[str, bytes]:
-    """The adapter as the two files of PEFT's layout, by name."""
+    """The adapter as the two files of PEFT's layout, by name.
+
+    A base model from :func:`bascule.trainers.base_model.load_model` is named by its digest in the weights' metadata.
+    """
     config: Any = model.peft_config["default"]
-    text = json.dumps(
-        {
-            **_FIXED,
-            "r": config.r,
-            "lora_alpha": config.lora_alpha,
-            "target_modules": sorted(config.target_modules),
-        },
-        indent=2,
-        sort_keys=True,
-    )
+    text = json.dumps({**_FIXED, **_free(config)}, indent=2, sort_keys=True)
+    digest = digest_of(model.get_base_model())
     return {
         CONFIG: text.encode() + b"\n",
-        WEIGHTS: write_tensors(adapter_tensors(model), {"format": "pt"}),
+        WEIGHTS: write_tensors(adapter_tensors(model), {"format": "pt", **({"base": digest} if digest else {})}),
     }
 
 
@@ -120,31 +198,7 @@ def check_adapter(files: Mapping[str, bytes]) -> tuple[dict[str, Any], dict[str,
         TrainError: there is another file (a pickle, say) or one too few, the configuration has unknown keys or asks
             for more than plain LoRA, or the weights have a bad header, unknown keys, or values that are not finite.
     """
-    if set(files) != {CONFIG, WEIGHTS}:
-        raise _bad(f"it has the files {', '.join(sorted(files)) or 'none'}, where {CONFIG} and {WEIGHTS} are due")
-    try:
-        config = json.loads(files[CONFIG])
-    except (ValueError, RecursionError) as error:
-        raise _bad(f"{CONFIG} is not valid JSON ({error})") from error
-    if not isinstance(config, dict) or set(config) != set(_FIXED) | _FREE:
-        odd = set(config) ^ (set(_FIXED) | _FREE) if isinstance(config, dict) else {"(no object)"}
-        raise _bad(f"{CONFIG} has unknown or missing keys: {', '.join(sorted(odd))}")
-    for key, value in _FIXED.items():
-        if config[key] != value:
-            raise _bad(f"{CONFIG} has {key} = {config[key]!r}, where only {value!r} is served")
-    r, alpha, targets = config["r"], config["lora_alpha"], config["target_modules"]
-    if type(r) is not int or r < 1 or type(alpha) not in (int, float) or not alpha > 0:
-        raise _bad(f"{CONFIG} has r = {r!r} and lora_alpha = {alpha!r}")
-    if not isinstance(targets, list) or not targets or not all(isinstance(t, str) for t in targets):
-        raise _bad(f"{CONFIG} has target_modules that are no list of names")
-    tensors, _ = read_tensors(files[WEIGHTS], WEIGHTS)
-    for key, tensor in tensors.items():
-        if not _KEY.fullmatch(key) or key.split(".")[-3] not in targets:
-            raise _bad(f"{WEIGHTS} holds {key!r}, which is no LoRA weight of a target module")
-        if tensor.ndim != 2 or tensor.shape["lora_B" in key] != r:
-            raise _bad(f"{WEIGHTS} holds {key!r} of shape {tuple(tensor.shape)} at rank {r}")
-        if not bool(torch.isfinite(tensor).all()):
-            raise _bad(f"{WEIGHTS} holds values in {key!r} that are not finite")
+    config, tensors, _ = _parsed(files)
     return config, tensors
 
 
@@ -152,14 +206,18 @@ def load_adapter(model: PeftModel, files: Mapping[str, bytes]) -> None:
     """Replace the weights of the model's adapter.
 
     Raises:
-        TrainError: the files are not usable (:func:`check_adapter`), or belong to another rank, scale or base model.
+        TrainError: the files are not usable (:func:`check_adapter`), or belong to another rank, scale, target or base
+            model.
     """
-    config, tensors = check_adapter(files)
-    own: Any = model.peft_config["default"]
-    if (config["r"], config["lora_alpha"]) != (own.r, own.lora_alpha):
+    config, tensors, base = _parsed(files)
+    for key, value in _free(model.peft_config["default"]).items():
+        if config[key] != value:
+            raise _bad(f"its {key} = {config[key]!r} is not this job's, {value!r}")
+    digest = digest_of(model.get_base_model())
+    if base and digest and base != digest:
         raise _bad(
-            f"its r = {config['r']} and lora_alpha = {config['lora_alpha']} are not those of this job, "
-            f"{own.r} and {own.lora_alpha}"
+            f"it was trained on the base model {base[:12]}, not on this one, {digest[:12]}",
+            next_step="Use the base model that it was trained on; its digest covers weights, configuration, tokenizer.",
         )
     set_adapter_tensors(model, tensors)
 
@@ -180,5 +238,69 @@ def set_adapter_tensors(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -
     set_peft_model_state_dict(model, dict(tensors))
 
 
-def _bad(reason: str) -> TrainError:
-    return TrainError(f"The adapter is not usable: {reason}.", next_step="Publish the adapter again from its job.")
+def _parsed(files: Mapping[str, bytes]) -> tuple[dict[str, Any], dict[str, torch.Tensor], str]:
+    """Configuration, weights, and the digest of the base model where it is recorded, else ''."""
+    if set(files) != {CONFIG, WEIGHTS}:
+        raise _bad(f"it has the files {', '.join(sorted(files)) or 'none'}, where {CONFIG} and {WEIGHTS} are due")
+    config = _config(files[CONFIG])
+    tensors, metadata = read_tensors(files[WEIGHTS], WEIGHTS)
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None or not _targeted(match["module"], match["nested"].count("."), config):
+            raise _bad(f"{WEIGHTS} holds {key!r}, which is no LoRA weight of a target")
+        rank = tensor.shape[match["factor"] == "B"] if tensor.ndim == 2 else 0
+        # A stack of experts has the factors of all of them side by side.
+        plain = match["module"].rsplit(".", 1)[-1] in config["target_modules"]
+        if rank != config["r"] if plain else rank == 0 or rank % config["r"]:
+            raise _bad(f"{WEIGHTS} holds {key!r} of shape {tuple(tensor.shape)} at rank {config['r']}")
+        if not math.isfinite(float(tensor.sum(dtype=torch.float64))):
+            raise _bad(f"{WEIGHTS} holds values in {key!r} that are not finite")
+    return config, tensors, metadata.get("base", "")
+
+
+def _free(config: Any) -> dict[str, Any]:
+    """What differs between adapters, of PEFT's configuration."""
+    return {
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "target_modules": sorted(config.target_modules or ()),
+        "target_parameters": sorted(config.target_parameters or ()) or None,
+    }
+
+
+def _config(text: bytes) -> dict[str, Any]:
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _bad(f"{CONFIG} is not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise _bad(f"{CONFIG} is no JSON object")
+    config.setdefault("target_parameters", None)  # adapters of earlier versions do not have it
+    if set(config) != set(_FIXED) | _FREE:
+        odd = set(config) ^ (set(_FIXED) | _FREE)
+        raise _bad(f"{CONFIG} has unknown or missing keys: {', '.join(sorted(odd))}")
+    for key, value in _FIXED.items():
+        if config[key] != value:
+            raise _bad(f"{CONFIG} has {key} = {config[key]!r}, where only {value!r} is served")
+    r, alpha = config["r"], config["lora_alpha"]
+    if type(r) is not int or r < 1 or type(alpha) not in (int, float) or not 0 < alpha < float("inf"):
+        raise _bad(f"{CONFIG} has r = {r!r} and lora_alpha = {alpha!r}")
+    modules, parameters = config["target_modules"], config["target_parameters"] or []
+    for names in (modules, parameters):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise _bad(f"{CONFIG} has targets that are no list of names")
+    if not modules and not parameters:
+        raise _bad(f"{CONFIG} has no targets")
+    return config
+
+
+def _targeted(module: str, nested: int, config: Mapping[str, Any]) -> bool:
+    """Whether weights belong to a target; PEFT nests one wrapper for each target parameter of the same module."""
+    if module.rsplit(".", 1)[-1] in config["target_modules"]:
+        return nested == 0
+    owners = [name.rpartition(".")[0] for name in config["target_parameters"] or ()]
+    return nested < sum(f".{module}".endswith(f".{owner}") for owner in owners)
+
+
+def _bad(reason: str, next_step: str = "Publish the adapter again from its job.") -> TrainError:
+    return TrainError(f"The adapter is not usable: {reason}.", next_step=next_step)

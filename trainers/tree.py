@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -91,21 +92,26 @@ def shared_prefix(sequences: Sequence[Sequence[int]]) -> int:
     return n
 
 
-def pack(sequences: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:
-    """Split into runs of indices whose trees hold at most ``budget`` nodes (a longer sequence stands alone).
+def pack(units: Sequence[Sequence[Sequence[int]]], budget: int) -> Iterator[list[int]]:
+    """Split units of sequences into runs whose trees hold at most ``budget`` nodes (a larger unit stands alone).
 
-    Sequences are taken in lexicographic order, in which neighbours share the most; yields indices into ``sequences``.
+    Units are taken in the lexicographic order of their sequences, in which neighbours share the most; yields indices
+    into ``units``.
     """
-    order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
+    order = sorted(range(len(units)), key=lambda i: [tuple(s) for s in units[i]])
     chosen: list[int] = []
     size = 0
     for i in order:
-        shared = shared_prefix((sequences[chosen[-1]], sequences[i])) if chosen else 0
-        new = len(sequences[i]) - shared
+        new = _nodes(units[chosen[-1]][-1] if chosen else (), units[i])
         if chosen and size + new > budget:
             yield chosen
-            chosen, size, new = [], 0, len(sequences[i])
+            chosen, size, new = [], 0, _nodes((), units[i])
         chosen.append(i)
         size += new
     if chosen:
         yield chosen
+
+
+def _nodes(before: Sequence[int], unit: Sequence[Sequence[int]]) -> int:
+    """At most how many nodes a unit adds to a tree that holds the sequence ``before``."""
+    return sum(len(s) - shared_prefix((b, s)) for b, s in pairwise((before, *unit)))

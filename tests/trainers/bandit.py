@@ -8,12 +8,74 @@ from typing import Any
 
 import torch
 
-from bascule.plugins.algorithm import Algorithm, Credit, Group, Sample
-from bascule.schemas.trajectory import ModelCall, Output, Sampling, Trajectory, pack_floats, pack_ids
-from bascule.trainers.loop import TrainJob
+from bascule.plugins.algorithm import Algorithm, Credit, Group, Requires, Sample, Stream, Turn
+from bascule.schemas.trajectory import (
+    ModelCall,
+    Output,
+    Sampling,
+    Trajectory,
+    pack_floats,
+    pack_ids,
+    unpack_floats,
+    unpack_ids,
+)
+from bascule.trainers.loop import TrainJob, UpdateMetrics
 
 PROMPTS = ((10, 11, 12, 13, 14), (10, 11, 12, 20, 21, 22), (30, 31))
 PARAMS: dict[str, Any] = {"learning_rate": 3e-3, "lora_r": 4, "lora_alpha": 8, "steps": 8, "max_nodes": 24}
+
+
+class Given:
+    """An algorithm whose credit a test has decided."""
+
+    name = "given"
+    version = "1"
+    requires = Requires()
+    streams: frozenset[Stream] = frozenset()
+
+    def __init__(self, credit: Sequence[Credit] = ()) -> None:
+        self.given = list(credit)
+
+    def defaults(self) -> dict[str, Any]:
+        return {}
+
+    def credit(self, groups: Sequence[Group], params: dict[str, Any]) -> list[Credit]:
+        del groups, params
+        return self.given
+
+
+def make_job(
+    base: Path, params: Mapping[str, Any], seed: int, parent_adapter: Mapping[str, bytes] | None = None
+) -> TrainJob:
+    """A job whose credit the test decides."""
+    return TrainJob(base, Given(), params, seed, parent_adapter)
+
+
+def train(job: TrainJob, batch: Mapping[str, Trajectory], credit: Sequence[Credit], iteration: int) -> UpdateMetrics:
+    """One update with decided credit; the trajectories are of one group each two hundred, as their names begin."""
+    assert isinstance(job.algorithm, Given)
+    job.algorithm.given = list(credit)
+    return job.update(grouped(batch, dict.fromkeys(batch, 0.0)), batch, iteration)
+
+
+def grouped(batch: Mapping[str, Trajectory], rewards: Mapping[str, float | None]) -> list[Group]:
+    """The trajectories as groups by what their names begin with (``p0-s3`` is of ``p0``), in the order of names."""
+    groups: dict[str, list[Sample]] = {}
+    for name in sorted(batch):
+        groups.setdefault(name.partition("-")[0], []).append(sample_of(name, batch[name], rewards[name]))
+    return [Group(example=example, samples=tuple(samples)) for example, samples in groups.items()]
+
+
+def sample_of(name: str, trajectory: Trajectory, reward: float | None) -> Sample:
+    """A trajectory as credit assignment sees it."""
+    outputs = [o for call in trajectory.steps if isinstance(call, ModelCall) for o in call.outputs]
+    turns = tuple(
+        Turn(token_ids=tuple(unpack_ids(o.token_ids)), behaviour=tuple(unpack_floats(o.logprobs))) for o in outputs
+    )
+    passed = None if reward is None else reward > 0
+    return Sample(
+        trajectory=name, reward=reward, passed=passed, tokens=sum(len(t.token_ids) for t in turns), turns=turns
+    )
 
 
 def plain_logprobs(model: Any, rows: Sequence[tuple[Sequence[int], float]]) -> torch.Tensor:
@@ -79,14 +141,13 @@ def reward_first_token(batch: Mapping[str, Trajectory], best: int) -> list[Group
     for name, trajectory in batch.items():
         call = trajectory.steps[0]
         assert isinstance(call, ModelCall)
-        hit = call.outputs[0].token_ids[:4] == pack_ids([best])
-        samples.append(Sample(trajectory=name, reward=float(hit), passed=hit, tokens=1))
+        samples.append(sample_of(name, trajectory, float(call.outputs[0].token_ids[:4] == pack_ids([best]))))
     return [Group(example="bandit", samples=tuple(samples))]
 
 
 def play_bandit(base: Path, algorithm: Algorithm, updates: int) -> tuple[float, float]:
     """Probability of the rewarded token, at first the second likeliest, before and after some updates."""
-    job = TrainJob(base, {**algorithm.defaults(), **PARAMS, "learning_rate": 1e-2, "steps": updates}, seed=1)
+    job = TrainJob(base, algorithm, {**algorithm.defaults(), **PARAMS, "learning_rate": 1e-2, "steps": updates}, seed=1)
     prompt = PROMPTS[2]
 
     def probabilities() -> torch.Tensor:
@@ -97,5 +158,5 @@ def play_bandit(base: Path, algorithm: Algorithm, updates: int) -> tuple[float, 
     before = float(probabilities()[best])
     for i in range(updates):
         batch = sample_batch(job, seed=i, samples=24, length=1, prompts=[prompt])
-        job.update(batch, algorithm.credit(reward_first_token(batch, best), algorithm.defaults()), i)
+        job.update(reward_first_token(batch, best), batch, i)
     return before, float(probabilities()[best])

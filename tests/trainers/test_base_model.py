@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import sys
+import threading
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +20,7 @@ from bascule.schemas.errors import ConfigError
 from bascule.trainers import base_model
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests.tiny_model import make_tiny_model
+from tests.tiny_model import make_tiny_adapter, make_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +90,96 @@ def test_the_model_is_in_float32_without_dropout(tiny: Path, tmp_path: Path) -> 
     assert not model.training
     assert model.config.attention_dropout == 0
     assert torch.cuda.is_available() or model.dtype == torch.float32
+
+
+def memory(model: torch.nn.Module) -> set[int]:
+    """Addresses of the weights."""
+    return {p.data_ptr() for p in model.parameters()}
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=torch.arange(1, 9)[None]).logits
+    return found
+
+
+def test_copies_of_a_model_are_frozen_and_share_their_weights_alone(tiny: Path) -> None:
+    one, other = base_model.load_model(tiny), base_model.load_model(tiny.parent / tiny.name)
+    assert memory(one) == memory(other)
+    assert not any(p.requires_grad for p in (*one.parameters(), *other.parameters()))
+    assert one.lm_head.weight is one.model.embed_tokens.weight
+    assert not {id(m) for m in one.modules()} & {id(m) for m in other.modules()}
+    assert not {id(p) for p in one.parameters()} & {id(p) for p in other.parameters()}
+    one.config.attention_dropout = 0.5
+    assert other.config.attention_dropout == other.model.layers[0].self_attn.config.attention_dropout == 0
+    assert torch.equal(logits(one), logits(other))
+
+
+def test_many_copies_take_the_memory_of_one(tiny: Path) -> None:
+    models = [base_model.load_model(tiny) for _ in range(4)]
+    sizes = {p.data_ptr(): p.numel() for model in models for p in model.parameters()}
+    assert sum(sizes.values()) == models[0].num_parameters()
+
+
+def test_an_adapter_in_one_copy_and_merged_weights_in_another_leave_the_rest_alone(tiny: Path, tmp_path: Path) -> None:
+    from bascule.runtime.engines.adapters import Adapters, read_adapter
+    from bascule.trainers.lora import attach_lora
+    from bascule.trainers.params import TrainParams
+
+    trained, served, plain = (base_model.load_model(tiny) for _ in range(3))
+    before = logits(plain)
+    adapters = Adapters(served)
+    adapters.add(read_adapter("a", make_tiny_adapter(tiny, tmp_path), served))
+    adapters.activate("a")
+    merged = logits(served)
+    assert not torch.allclose(merged, before, atol=1e-3)
+    assert torch.equal(logits(trained), before)
+    peft = attach_lora(trained, TrainParams(lora_r=4), seed=0)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_" in name:
+                parameter.fill_(0.1)
+    assert not torch.allclose(logits(peft), before, atol=1e-3)
+    assert torch.equal(logits(served), merged)
+    assert torch.equal(logits(plain), before)
+    adapters.activate(None)
+    assert torch.equal(logits(served), before)
+
+
+def test_weights_that_nobody_uses_are_given_back(tiny: Path) -> None:
+    one, other = base_model.load_model(tiny), base_model.load_model(tiny)
+    (pristine,) = {id(m): m for m in (base_model._origins[one], base_model._origins[other])}.values()
+    alive = weakref.ref(pristine)
+    del pristine, one
+    gc.collect()
+    assert alive() is not None
+    del other
+    gc.collect()
+    assert alive() is None
+    assert not list(base_model._loaded)
+
+
+def test_other_bytes_under_the_same_name_are_another_model(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    old = base_model.load_model(folder)
+    shutil.rmtree(folder)
+    make_tiny_model(folder, seed=1)
+    new = base_model.load_model(folder)
+    assert not memory(old) & memory(new)
+    assert base_model.digest_of(new) == base_model.model_digest(folder) != base_model.digest_of(old)
+    assert base_model.digest_of(torch.nn.Linear(1, 1)) is None
+
+
+def test_threads_that_load_at_once_share_the_weights(tiny: Path) -> None:
+    models: list[Any] = []
+    threads = [threading.Thread(target=lambda: models.append(base_model.load_model(tiny))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({frozenset(memory(m)) for m in models}) == 1
+    assert len(models) == 4
 
 
 def test_the_tokenizer_keeps_its_template_and_its_bytes(tiny: Path) -> None:

@@ -10,7 +10,7 @@ from bascule.schemas.errors import TrainError
 from bascule.trainers.loop import TrainJob
 from bascule.trainers.tensorfile import read_tensors, write_tensors
 from tests.tiny_model import make_tiny_model
-from tests.trainers.bandit import PARAMS, alternating_credit, sample_batch
+from tests.trainers.bandit import PARAMS, alternating_credit, make_job, sample_batch, train
 
 
 @pytest.fixture(scope="module")
@@ -18,47 +18,47 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("base"))
 
 
-def train(job: TrainJob, first: int, last: int) -> None:
+def go(job: TrainJob, first: int, last: int) -> None:
     for i in range(first, last):
         batch = sample_batch(job, seed=i)
-        job.update(batch, alternating_credit(batch), i)
+        train(job, batch, alternating_credit(batch), i)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear"])
 def test_a_resumed_training_gives_the_adapters_of_the_uninterrupted_one(base: Path, schedule: str) -> None:
     params = {**PARAMS, "lr_scheduler_type": schedule, "num_iterations": 2}
-    job = TrainJob(base, params, seed=5)
-    train(job, 0, 2)
+    job = make_job(base, params, seed=5)
+    go(job, 0, 2)
     blob = job.checkpoint()
-    train(job, 2, 4)
-    resumed = TrainJob(base, params, seed=5)
+    go(job, 2, 4)
+    resumed = make_job(base, params, seed=5)
     resumed.restore(blob)
     assert resumed.iteration == 2
     assert resumed.checkpoint() == blob
-    train(resumed, 2, 4)
+    go(resumed, 2, 4)
     assert resumed.adapter_files() == job.adapter_files()
     assert resumed.checkpoint() == job.checkpoint()
 
 
 def test_a_checkpoint_before_the_first_update_restores_too(base: Path) -> None:
-    job = TrainJob(base, PARAMS, seed=5)
+    job = make_job(base, PARAMS, seed=5)
     blob = job.checkpoint()
-    train(job, 0, 1)
+    go(job, 0, 1)
     moved = job.adapter_files()
     job.restore(blob)
     assert job.checkpoint() == blob
-    train(job, 0, 1)
+    go(job, 0, 1)
     assert job.adapter_files() == moved
 
 
 def test_damaged_and_foreign_checkpoints_are_refused_and_change_nothing(base: Path) -> None:
-    job = TrainJob(base, PARAMS, seed=5)
-    train(job, 0, 1)
+    job = make_job(base, PARAMS, seed=5)
+    go(job, 0, 1)
     blob = job.checkpoint()
     tensors, metadata = read_tensors(blob, "test")
     moment = next(k for k in tensors if k.startswith("exp_avg/"))
-    wide = TrainJob(base, {**PARAMS, "lora_r": 8}, seed=5)
-    other = TrainJob(base, PARAMS, seed=6)
+    wide = make_job(base, {**PARAMS, "lora_r": 8}, seed=5)
+    other = make_job(base, PARAMS, seed=6)
     for bad in (
         blob[:-1],
         b"\x80\x04N.",

@@ -17,7 +17,8 @@ def load(f):
     try:
         f(folder)
         from bascule.trainers.lora import attach_lora
-        if f is load_model: attach_lora(f(folder), 4, 8, 0)
+        from bascule.trainers.params import TrainParams
+        if f is load_model: attach_lora(f(folder), TrainParams(lora_r=4), 0)
     except BaseException as e:
         errors.append(repr(e))
 threads = [threading.Thread(target=load, args=(f,)) for f in (load_model, load_tokenizer, load_model, load_tokenizer)]
