@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections.abc import Sequence
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
 import msgspec
 
+from bascule.plugins.algorithm import Algorithm
 from bascule.plugins.loader import Plugins, code_hash
 from bascule.plugins.policy import AlgorithmInfo, Author, Policy
 from bascule.plugins.task import PublicFace, Task
@@ -36,13 +38,17 @@ class World:
     """The plugins that one run uses.
 
     Args:
-        algorithms: those that a recorded run is pinned to; what was installed later is no option of its decisions.
+        pinned: what a recorded run is pinned to, None for a new one. An algorithm that was installed later is no option
+            of its decisions, and where its version of a plugin is kept, that one decides.
     """
 
-    def __init__(self, plugins: Plugins, config: RunConfig, algorithms: frozenset[str] | None = None) -> None:
+    def __init__(self, plugins: Plugins, config: RunConfig, pinned: Sequence[PluginPin] | None = None) -> None:
         self.plugins = plugins
         self.config = config
-        self._algorithms = algorithms
+        self._versions = None if pinned is None else {(p.kind, p.name): p.version for p in pinned}
+
+    def _version(self, kind: str, name: str) -> str | None:
+        return self._versions.get((kind, name)) if self._versions else None
 
     @cached_property
     def task(self) -> Task:
@@ -60,19 +66,27 @@ class World:
     @cached_property
     def policy(self) -> Policy:
         choice = self.config.policy
-        return self.plugins.registry.policies.get(choice.name)(choice.params)
+        return self.plugins.registry.policies.get(choice.name, self._version("policy", choice.name))(choice.params)
 
     @cached_property
     def author(self) -> Author:
         choice = self.config.author
         return self.plugins.registry.authors.get(choice.name)(choice.params)
 
+    def algorithm(self, name: str) -> Algorithm:
+        """An algorithm, in the version that the run is pinned to where that is kept.
+
+        Raises:
+            ConfigError: there is none of that name.
+        """
+        return self.plugins.registry.algorithms.get(name, self._version("algorithm", name))
+
     @cached_property
     def algorithms(self) -> tuple[AlgorithmInfo, ...]:
         """Installed algorithms with the parameters that this run gives them."""
-        found = self.plugins.registry.algorithms.items
-        if self._algorithms is not None:
-            found = {name: self.plugins.registry.algorithms.get(name) for name in self._algorithms}
+        installed = self.plugins.registry.algorithms.items
+        pinned = None if self._versions is None else [name for kind, name in self._versions if kind == "algorithm"]
+        found = {name: self.algorithm(name) for name in (installed if pinned is None else pinned)}
         unknown = sorted(set(self.config.algorithms) - set(found))
         if unknown:
             raise ConfigError(f"There is no algorithm {unknown[0]!r}.", next_step=f"Known: {', '.join(sorted(found))}.")
@@ -89,7 +103,7 @@ class World:
                 AlgorithmInfo(
                     name=name,
                     version=found[name].version,
-                    requires=tuple(sorted(found[name].requires)),
+                    requires=found[name].requires,
                     params={**defaults, **given},
                 )
             )
@@ -120,7 +134,7 @@ class World:
         bascule = PluginPin(
             kind="runtime", name="bascule", version=version("bascule"), distribution="bascule", hash=code_hash()
         )
-        return (*(self.plugins.pin(kind, name) for kind, name in wanted), bascule)
+        return (*(self.plugins.pin(kind, name, self._version(kind, name)) for kind, name in wanted), bascule)
 
 
 def task_digest(public: PublicFace) -> str:
@@ -134,8 +148,7 @@ def world_of(plugins: Plugins, started: RunStarted) -> World:
     Raises:
         ConfigError: the task's public face is not the one that the run recorded.
     """
-    pinned = frozenset(p.name for p in started.plugins if p.kind == "algorithm")
-    world = World(plugins, started.config, pinned)
+    world = World(plugins, started.config, started.plugins)
     found = task_digest(world.public)
     if found != started.task_digest:
         raise ConfigError(

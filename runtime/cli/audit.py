@@ -36,9 +36,15 @@ async def log(
     type_: Annotated[
         str | None, typer.Option("--type", help="Only events whose type ends so, e.g. lever.chosen.")
     ] = None,
+    telemetry: Annotated[
+        bool, typer.Option("--telemetry", help="How its training went on, step by step, instead; kept for a week.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The recorded bytes, one event a line.")] = False,
 ) -> None:
     """The events of a run, in order."""
+    if telemetry:
+        await _telemetry(store, run, as_json)
+        return
     async for event in store.read(run):
         if type_ is not None and not event.envelope.type.endswith(type_):
             continue
@@ -47,6 +53,19 @@ async def log(
         else:
             e = event.envelope
             sys.stdout.write(f"{event.seq:>7}  {e.time[:23]}  {e.producer.service:<9} {e.type:<30} {e.subject}\n")
+    sys.stdout.flush()
+
+
+async def _telemetry(store: Store, run: str, as_json: bool) -> None:
+    import msgspec
+
+    async for line in store.log.telemetry.read(run):
+        if as_json:
+            sys.stdout.write(msgspec.json.encode(line).decode() + "\n")
+        else:
+            figures = " ".join(f"{name}={value:.4g}" for name, value in line.figures.items())
+            what = line.subject.split(".", 2)[2]
+            sys.stdout.write(f"{line.time[:23]}  {what} attempt {line.attempt} update {line.iteration}  {figures}\n")
     sys.stdout.flush()
 
 

@@ -77,8 +77,9 @@ def preflight(config: RunConfig, loaded: Plugins) -> RunStarted:
     world = World(loaded, config)
     loaded.registry.engines.get(config.engine.name)(config.model, engine_params(config, config.engine))
     _ = world.policy, world.author
-    for algorithm in world.algorithms:
-        train_params(algorithm.params)
+    for info in world.algorithms:
+        train_params(info.params)
+        world.algorithm(info.name).credit([], info.params)
     public = world.public
     check_splits(world)
     digest = ""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 from bascule.runtime.log.dead_letters import DeadLetter
 from bascule.runtime.log.protocol import EventLog, Extent, Fence, NewEvent, Raw, WorkQueue
+from bascule.runtime.log.telemetry import Line
 from bascule.schemas.envelope import Recorded
+from bascule.schemas.errors import LogError
 
 
 class LazyLog:
@@ -21,6 +23,7 @@ class LazyLog:
 
     def __init__(self, connect: Callable[[], Awaitable[EventLog]]) -> None:
         self.letters = LazyLetters(self)
+        self.telemetry = LazyTelemetry(self)
         self._connect = connect
         self._log: EventLog | None = None
         self._connecting = asyncio.Lock()
@@ -80,6 +83,22 @@ class LazyLetters:
 
     async def list(self, run: str = "*", service: str = "*") -> list[DeadLetter]:
         return await (await self._log.opened()).letters.list(run, service)
+
+
+class LazyTelemetry:
+    """The telemetry of a lazy log."""
+
+    def __init__(self, log: LazyLog) -> None:
+        self._log = log
+
+    async def send(self, line: Line) -> None:
+        with suppress(LogError):
+            await (await self._log.opened()).telemetry.send(line)
+
+    async def read(self, run: str) -> AsyncGenerator[Line, None]:
+        async with _closing((await self._log.opened()).telemetry.read(run)) as lines:
+            async for line in lines:
+                yield line
 
 
 def _closing(events: Any) -> aclosing[Any]:

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from bascule.runtime.log.dead_letters import MemoryDeadLetters
 from bascule.runtime.log.protocol import Extent, Fence, NewEvent, Raw
 from bascule.runtime.log.rules import adopted, checked, fenced_off, matches
+from bascule.runtime.log.telemetry import MemoryTelemetry
 from bascule.schemas.envelope import Recorded
 from bascule.schemas.errors import LogError
 from bascule.schemas.subjects import token
@@ -24,6 +25,7 @@ class MemoryLog:
 
     def __init__(self, *, lease: float = 10.0) -> None:
         self.letters = MemoryDeadLetters()
+        self.telemetry = MemoryTelemetry()
         self._lease = lease
         self._events: list[Recorded] = []
         self._by_subject: dict[str, Recorded] = {}

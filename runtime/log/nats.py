@@ -29,6 +29,7 @@ from bascule.runtime.log.queues import NatsQueue, queue_config
 from bascule.runtime.log.raw import extent_of, read_raw
 from bascule.runtime.log.rules import adopted, checked, fenced_off
 from bascule.runtime.log.streams import MAX_BYTES, STREAM, WRONG_SEQUENCE, open_streams
+from bascule.runtime.log.telemetry import NatsTelemetry
 from bascule.schemas.codec import decode
 from bascule.schemas.envelope import Recorded
 from bascule.schemas.errors import LogError
@@ -46,6 +47,7 @@ class NatsLog:
 
     def __init__(self, link: Link, *, lease: float) -> None:
         self.letters = NatsDeadLetters(link)
+        self.telemetry = NatsTelemetry(link)
         self._link = link
         self._lease = lease
 

@@ -12,7 +12,15 @@ from typing import Final
 import msgspec
 
 from bascule.runtime.log.rules import matches
-from bascule.runtime.log.streams import BLOB_BUCKET, BLOB_STREAM, DEAD_LETTER_ROOT, DEAD_LETTERS, STREAM
+from bascule.runtime.log.streams import (
+    BLOB_BUCKET,
+    BLOB_STREAM,
+    DEAD_LETTER_ROOT,
+    DEAD_LETTERS,
+    STREAM,
+    TELEMETRY,
+    TELEMETRY_ROOT,
+)
 from bascule.schemas.subjects import ROOT
 
 SERVICES: Final = ("meta", "rollout", "verifier", "feedback", "trainer")
@@ -24,6 +32,7 @@ USERS: Final = (*SERVICES, CLI, READER, ADMIN)
 #: Services that share work, and so acknowledge deliveries.
 _QUEUED: Final = ("rollout", "verifier")
 _BLOB_WRITERS: Final = ("rollout", "trainer", CLI)
+_TELEMETRY: Final = {"trainer": f"{TELEMETRY_ROOT}.*.train.>"}
 _API: Final = "$JS.API"
 
 
@@ -104,6 +113,9 @@ def server_permissions(user: str) -> dict[str, dict[str, list[str]]]:
     allow = [*rights.allow, *_lookups(STREAM), *_consuming(STREAM), *_lookups(DEAD_LETTERS), *_lookups(BLOB_STREAM)]
     if user in SERVICES:
         allow.append(f"{DEAD_LETTER_ROOT}.*.{user}.>")
+    allow += [*_lookups(TELEMETRY), *_consuming(TELEMETRY)]
+    if user in _TELEMETRY:
+        allow.append(_TELEMETRY[user])
     if user in _QUEUED:
         allow.append(_ACKS)
     if user in _BLOB_WRITERS:
@@ -148,6 +160,7 @@ _ACKS: Final = f"$JS.ACK.{STREAM}.>"
 SHARED: Final = {
     f"{ROOT}.>": False,
     f"{DEAD_LETTER_ROOT}.>": False,
+    f"{TELEMETRY_ROOT}.>": False,
     f"$O.{BLOB_BUCKET}.>": False,
     _ACKS: False,
     f"{_API}.>": True,

@@ -11,6 +11,7 @@ from bascule.schemas.envelope import Recorded
 
 if TYPE_CHECKING:
     from bascule.runtime.log.dead_letters import DeadLetters
+    from bascule.runtime.log.telemetry import Telemetry
 
 
 class NewEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,6 +90,11 @@ class EventLog(Protocol):
     @property
     def letters(self) -> DeadLetters:
         """Pointers to events that a service has given up on."""
+        ...
+
+    @property
+    def telemetry(self) -> Telemetry:
+        """Figures for people who watch, never folded."""
         ...
 
     async def append(self, events: Sequence[NewEvent], *, fence: Fence | None = None) -> list[Recorded]:

@@ -1,4 +1,4 @@
-"""The streams: the log, the dead letters and the blobs that hosts share; their settings, and how they are made."""
+"""The streams: the log, dead letters, telemetry, and the blobs that hosts share; their settings, how they are made."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 STREAM: Final = "BASCULE"
 DEAD_LETTERS: Final = "BASCULE_DLQ"
 DEAD_LETTER_ROOT: Final = "basculedlq"
+TELEMETRY: Final = "BASCULE_TELEMETRY"
+TELEMETRY_ROOT: Final = "bascule-telemetry"
 BLOB_BUCKET: Final = "bascule-blobs"
 BLOB_STREAM: Final = f"OBJ_{BLOB_BUCKET}"
 
 MAX_BYTES: Final = 32 * 1024**3
 DUPLICATE_WINDOW_SECONDS: Final = 7 * 86400
 _DEAD_LETTERS_SHARE: Final = 32
+_TELEMETRY_SHARE: Final = 512
+_TELEMETRY_SECONDS: Final = 7 * 86400
 
 # Error codes of the JetStream API.
 WRONG_SEQUENCE: Final = (10071, 10164)
@@ -58,6 +62,25 @@ def dead_letters_config(max_bytes: int, replicas: int) -> dict[str, Any]:
     """Pointers to events that no worker could handle: as lasting as the log that they point into, and far smaller."""
     config = stream_config(max_bytes // _DEAD_LETTERS_SHARE, replicas)
     return config | {"name": DEAD_LETTERS, "subjects": [f"{DEAD_LETTER_ROOT}.>"]}
+
+
+def telemetry_config(max_bytes: int, replicas: int) -> dict[str, Any]:
+    """What people watch: a stream that forgets what is a week old and, when it is full, the oldest."""
+    return {
+        "name": TELEMETRY,
+        "subjects": [f"{TELEMETRY_ROOT}.>"],
+        "retention": "limits",
+        "storage": "file",
+        "discard": "old",
+        "max_age": _TELEMETRY_SECONDS * 1_000_000_000,
+        "max_bytes": max_bytes // _TELEMETRY_SHARE,
+        "max_msg_size": 64 * 1024,
+        "deny_delete": False,
+        "deny_purge": False,
+        "allow_direct": True,
+        "allow_atomic": False,
+        "num_replicas": replicas,
+    }
 
 
 def bucket_config(replicas: int) -> dict[str, Any]:
@@ -96,6 +119,7 @@ async def open_streams(link: Link, *, make: bool, max_bytes: int, replicas: int,
         await _open_stream(link, config, make=make, store=store)
 
     if make:
+        await _open_stream(link, telemetry_config(max_bytes, replicas), make=True, store=store)
         await open_bucket(link, replicas, store)
 
     async def readable() -> bool:

@@ -241,7 +241,13 @@ def _train(
         )
     parent = state.candidate(given.best)
     params = {**info.params, **decision.params}
-    on_policy = "on_policy" in info.requires
+    on_policy = info.requires.on_policy
+    start_from = params.get("start_from", "promoted")
+    if start_from not in ("promoted", "base"):
+        raise ConfigError(
+            f"The algorithm {info.name} is to start from {start_from!r}.",
+            next_step="Set its start_from to promoted or to base.",
+        )
     return Draft(
         subject=subjects.train_requested(state.run, generation),
         step=generation,
@@ -257,7 +263,7 @@ def _train(
             temperature=1.0,
             parent=given.best,
             harness=parent.harness,
-            adapter=parent.adapter,
+            adapter=None if start_from == "base" else parent.adapter,
             logged=None if on_policy else f"g{given.best:02d}-train",
             seed=seed_of(world.config.seed, "train", generation),
         ),

@@ -4,36 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
 
-from bascule.plugins.algorithm import Credit, Group, Sample
-from bascule.runtime.log.protocol import Fence
+from bascule.plugins.algorithm import Algorithm, Group, Sample, Turn
+from bascule.runtime.log.blobs import Blobs
+from bascule.runtime.log.protocol import EventLog, Fence
+from bascule.runtime.log.telemetry import Line, step_subject
 from bascule.runtime.services import proposals
 from bascule.runtime.state import Evaluation, RunState, Training
 from bascule.runtime.world import World, seeded
 from bascule.schemas import subjects
 from bascule.schemas.codec import canonical
 from bascule.schemas.envelope import Draft, Recorded
-from bascule.schemas.errors import Conflict, TrainError
+from bascule.schemas.errors import ConfigError, Conflict, Corrupt, NotFound, TrainError
 from bascule.schemas.events import (
     AdapterCheckpointed,
     AdapterPublished,
+    RunStarted,
     TrainFailed,
     TrainRequested,
     TrainStarted,
     TrajectoryLogged,
 )
 from bascule.schemas.landscape import Measured
-from bascule.schemas.trajectory import Scored, Trajectory
+from bascule.schemas.trajectory import ModelCall, Scored, Trajectory, unpack_floats, unpack_ids
+from bascule.trainers.feasible import unmet
 
 if TYPE_CHECKING:
     from bascule.runtime.runner import View
-    from bascule.trainers.loop import TrainJob
+    from bascule.trainers.jobs import Job, Progress
 
 NAME = "trainer"
 T = TypeVar("T")
@@ -64,6 +70,10 @@ def decide(state: RunState, event: Recorded, world: World) -> list[Draft]:
         parent_adapter=request.adapter,
         iterations=request.iterations,
     )
+    if data.base:  # earlier code recorded no base, and published without these
+        published = msgspec.structs.replace(
+            published, data_digest=data.data_digest, metrics=data.metrics, base=data.base
+        )
     return [
         Draft(
             subject=subjects.train_outcome(state.run, data.generation),
@@ -114,22 +124,54 @@ def _iteration(
     )
 
 
-def groups_of(evaluation: Evaluation) -> list[Group]:
-    """The scored trajectories of an evaluation, by example, as credit assignment sees them."""
+def groups_of(evaluation: Evaluation, trajectories: Mapping[str, Trajectory]) -> list[Group]:
+    """The trajectories of an evaluation with their verdicts, by example, as credit assignment sees them.
+
+    Raises:
+        TrainError: a verdict has step rewards, and not one for each model call.
+    """
     samples: dict[int, list[Sample]] = {}
     for position, sample in sorted(evaluation.trajectories()):
+        name = subjects.trajectory_id(evaluation.request.evaluation, position, sample)
         verdict = evaluation.verdicts[position, sample]
         scored = verdict if isinstance(verdict, Scored) else None
+        turns = _turns(name, trajectories[name], scored.steps if scored else ())
         samples.setdefault(position, []).append(
             Sample(
-                trajectory=subjects.trajectory_id(evaluation.request.evaluation, position, sample),
+                trajectory=name,
                 reward=scored.reward if scored else None,
                 passed=scored.passed if scored else None,
-                tokens=evaluation.logged[position, sample].output_tokens,
+                tokens=sum(len(t.token_ids) for t in turns),
+                turns=turns,
             )
         )
     examples = evaluation.examples
     return [Group(example=examples[p], samples=tuple(s)) for p, s in samples.items()]
+
+
+def _turns(name: str, trajectory: Trajectory, rewards: Sequence[float]) -> tuple[Turn, ...]:
+    """The sampled outputs in the order of time; a call's step reward stands at its last output."""
+    calls = [s for s in trajectory.steps if isinstance(s, ModelCall)]
+    if rewards and len(rewards) != len(calls):
+        raise TrainError(
+            f"The verdict on the trajectory {name} has {len(rewards)} step rewards, and its episode made "
+            f"{len(calls)} model calls.",
+            next_step="The task's verifier is to give one for each call, or none.",
+        )
+    turns = []
+    for number, call in enumerate(calls):
+        for output in call.outputs:
+            ids, behaviour = unpack_ids(output.token_ids), unpack_floats(output.logprobs)
+            known = len(behaviour) == len(ids) and all(map(math.isfinite, behaviour))
+            turns.append(
+                Turn(
+                    token_ids=tuple(ids),
+                    behaviour=tuple(behaviour) if known else (),
+                    truncated=output.finish_reason == "length",
+                    reward=rewards[number] if rewards and output is call.outputs[-1] else None,
+                )
+            )
+    return tuple(turns)
 
 
 def next_evaluation(state: RunState, training: Training) -> Evaluation | None:
@@ -159,6 +201,7 @@ class Trainer:
         # One thread for everything of a job: torch's thread count is a setting of the thread that computes.
         self._thread = ThreadPoolExecutor(1, "trainer")
         self._job: Job | None = None
+        self._begin: tuple[dict[str, bytes] | None, bytes | None] = (None, None)
         self._generation = -1
         self._head = 0
         self._attempt = 0
@@ -181,8 +224,6 @@ class Trainer:
                     # The job has moved on unseen, be it by an append of a process before this one that came in late.
                     # Whether it still wants an attempt shows once that is folded.
                     view.logger.warning("training.not_started", generation=training.request.generation, error=str(e))
-                except TrainError as e:
-                    await self._fail(view, training, evaluation, e)
                 continue
             try:
                 await self._iterate(view, training, evaluation)
@@ -190,6 +231,7 @@ class Trainer:
                 # A newer attempt owns the job now. Starting another would only take it away from that one.
                 view.logger.warning("training.superseded", generation=training.request.generation, error=str(e))
                 self._lost.add(training.request.generation)
+                self._job = None
 
     async def _start(self, view: View, training: Training) -> None:
         request = training.request
@@ -199,6 +241,7 @@ class Trainer:
             attempt=attempt,
             resumed_after=training.iterations,
             threads=await self._compute(self._backend.threads, view.world.config.threads),
+            versions=self._backend.versions(),
         )
         draft = Draft(
             subject=subjects.train_started(view.run, request.generation, attempt),
@@ -211,13 +254,14 @@ class Trainer:
         if recorded[0].duplicate:
             raise Conflict(f"The training job of generation {request.generation} was started by another trainer.")
         self._attempt, self._head = attempt, recorded[0].seq
+        # Now, since the blobs of a checkpoint go once another attempt has made the next one.
         get = view.blobs.get
         state = await get(training.last.state) if training.last else None
         parent = None
         if request.adapter is not None:
             refs = view.state.adapters[request.adapter].files
             parent = {name: await get(ref) for name, ref in refs.items()}
-        self._job = await self._compute(self._backend.open, view.world.config.model, request, parent, state)
+        self._job, self._begin = None, (parent, state)
         self._generation = request.generation
 
     async def _compute(self, work: Callable[..., T], *arguments: Any) -> T:
@@ -228,17 +272,26 @@ class Trainer:
 
     async def _iterate(self, view: View, training: Training, evaluation: Evaluation) -> None:
         request, iteration = training.request, training.iterations
-        trajectories = await load_trajectories(view, evaluation)
-        if training.attempts > self._attempt:
-            raise Conflict(f"The training job of generation {request.generation} was taken over by another trainer.")
-        view.logger.info("update.started", generation=request.generation, iteration=iteration)
-        started = view.clock()
+        begun = view.state.started
+        assert begun is not None
+        algorithm = view.world.algorithm(request.algorithm)
         try:
-            credit = view.plugins.registry.algorithms.get(request.algorithm).credit(
-                groups_of(evaluation), request.params
-            )
-            assert self._job is not None
-            update = await self._compute(self._job.update, trajectories, credit, iteration)
+            trajectories = await load_trajectories(view, evaluation)
+            groups = groups_of(evaluation, trajectories)
+            if iteration == 0:
+                # A later batch may say nothing, as when all its rewards are equal, and the one after it something.
+                refuse_infeasible(algorithm, groups)
+            if self._job is None:
+                self._job = await self._compute(self._backend.open, begun, algorithm, request, *self._begin)
+                self._begin = (None, None)
+            if training.attempts > self._attempt:
+                raise Conflict(
+                    f"The training job of generation {request.generation} was taken over by another trainer."
+                )
+            view.logger.info("update.started", generation=request.generation, iteration=iteration)
+            started = view.clock()
+            tell = _telling(view, request.generation, self._attempt, iteration)
+            update = await self._compute(self._job.update, groups, trajectories, iteration, tell)
         except TrainError as e:
             await self._fail(view, training, evaluation, e)
             return
@@ -252,9 +305,10 @@ class Trainer:
             files=files,
             sha256=update.sha256,
             state=await put(update.state, "application/x-safetensors"),
-            data_digest=_digest(trajectories),
-            metrics={"reward": _mean_reward(evaluation), **update.metrics},
+            data_digest=data_digest(trajectories),
+            metrics=_finite({"reward": mean_reward(evaluation), **update.metrics}),
             measured=Measured(seconds=view.clock() - started),
+            base=begun.model_digest,
         )
         superseded = training.last
         await self._record(view, training, evaluation, data)
@@ -268,8 +322,13 @@ class Trainer:
             await view.blobs.discard(ref)
 
     async def _fail(self, view: View, training: Training, evaluation: Evaluation, error: TrainError) -> None:
-        self._generation = -1
-        failed = TrainFailed(generation=training.request.generation, attempt=self._attempt, reason=str(error))
+        self._job, self._generation = None, -1
+        failed = TrainFailed(
+            generation=training.request.generation,
+            attempt=self._attempt,
+            reason=str(error),
+            figures=_finite(error.figures),
+        )
         await self._record(view, training, evaluation, failed)
 
     async def _record(
@@ -288,25 +347,17 @@ class Trainer:
         await view.until(lambda s: s.seq >= self._head)
 
 
-@dataclass(frozen=True)
-class Update:
-    """What an update leaves: the adapter, the state to continue from, and figures."""
+def _telling(view: View, generation: int, attempt: int, iteration: int) -> Progress:
+    """What the thread that computes calls with the figures of each optimiser step; it does not wait for them to go."""
+    loop = asyncio.get_running_loop()
+    telemetry, subject = view.writer(NAME).telemetry, step_subject(view.run, generation)
 
-    files: dict[str, bytes]
-    sha256: str
-    state: bytes
-    metrics: dict[str, float]
+    def tell(figures: Mapping[str, float]) -> None:
+        time = datetime.now(UTC).isoformat()
+        line = Line(subject=subject, time=time, attempt=attempt, iteration=iteration, figures=_finite(figures))
+        asyncio.run_coroutine_threadsafe(telemetry.send(line), loop)
 
-
-def _mean_reward(evaluation: Evaluation) -> float:
-    rewards = [v.reward for v in evaluation.verdicts.values() if isinstance(v, Scored)]
-    return sum(rewards) / len(rewards) if rewards else 0.0
-
-
-class Job(Protocol):
-    """A training job under way."""
-
-    def update(self, trajectories: dict[str, Trajectory], credit: list[Credit], iteration: int) -> Update: ...
+    return tell
 
 
 class Backend(Protocol):
@@ -316,13 +367,24 @@ class Backend(Protocol):
         """Set the compute threads of the calling thread, 0 for the default; how many there are."""
         ...
 
-    def open(self, model: str, request: TrainRequested, parent: dict[str, bytes] | None, state: bytes | None) -> Job:
-        """A job that continues from the files of ``parent``, and from ``state`` if it was under way."""
+    def versions(self) -> dict[str, str]:
+        """What computes, by name, and the device."""
+        ...
+
+    def open(
+        self,
+        started: RunStarted,
+        algorithm: Algorithm,
+        request: TrainRequested,
+        parent: Mapping[str, bytes] | None,
+        state: bytes | None,
+    ) -> Job:
+        """A job on the run's base model that continues from ``parent``, and from ``state`` if it was under way."""
         ...
 
 
 class TorchBackend:
-    """LoRA updates with torch, which is imported when a job opens."""
+    """Updates with torch, which is imported when they begin."""
 
     def threads(self, wanted: int) -> int:
         import torch
@@ -331,39 +393,92 @@ class TorchBackend:
             torch.set_num_threads(wanted)
         return torch.get_num_threads()
 
-    def open(self, model: str, request: TrainRequested, parent: dict[str, bytes] | None, state: bytes | None) -> Job:
-        from bascule.trainers.base_model import resolve_model
-        from bascule.trainers.loop import TrainJob
+    def versions(self) -> dict[str, str]:
+        import torch
 
-        job = TrainJob(resolve_model(model), request.params, request.seed, parent)
-        if state is not None:
-            job.restore(state)
-        return _TorchJob(job)
+        cuda = torch.cuda.is_available()
+        device = torch.cuda.get_device_name() if cuda else f"cpu {torch.backends.cpu.get_cpu_capability()}"
+        return {name: version(name) for name in ("peft", "torch", "transformers")} | {"device": device}
+
+    def open(
+        self,
+        started: RunStarted,
+        algorithm: Algorithm,
+        request: TrainRequested,
+        parent: Mapping[str, bytes] | None,
+        state: bytes | None,
+    ) -> Job:
+        from bascule.trainers.base_model import model_digest, resolve_model
+        from bascule.trainers.jobs import open_job
+
+        model = started.config.model
+        folder = resolve_model(model)
+        digest = model_digest(folder)
+        if started.model_digest not in ("", digest):
+            raise ConfigError(
+                f"The model {model!r} is not the one that the run started with (digest {digest}, recorded "
+                f"{started.model_digest}).",
+                next_step="Put the recorded model back; a run keeps its model.",
+            )
+        return open_job(algorithm, folder, request.params, request.seed, parent, state)
 
 
-class _TorchJob:
-    def __init__(self, job: TrainJob) -> None:
-        self._job = job
+def refuse_infeasible(algorithm: Algorithm, groups: Sequence[Group]) -> None:
+    """Refuse data that do not meet what the algorithm requires, before anything is computed.
 
-    def update(self, trajectories: dict[str, Trajectory], credit: list[Credit], iteration: int) -> Update:
-        from bascule.trainers.lora import adapter_hash
+    Raises:
+        TrainError: says which requirement failed on which data.
+    """
+    reasons = unmet(algorithm.requires, groups)
+    if reasons:
+        samples = [s for g in groups for s in g.samples]
+        scored = [s for s in samples if s.reward is not None]
+        raise TrainError(
+            f"The algorithm {algorithm.name} cannot train from these data. {'. '.join(reasons)}.",
+            next_step="Choose another algorithm, or other samples.",
+            figures={"groups": len(groups), "samples": len(samples), "scored": len(scored)},
+        )
 
-        found = self._job.update(trajectories, credit, iteration)
-        files = self._job.adapter_files()
-        metrics = {k: float(v) for k, v in asdict(found).items() if k != "seconds"}
-        return Update(files, adapter_hash(files), self._job.checkpoint(), metrics)
+
+def _finite(figures: Mapping[str, float]) -> dict[str, float]:
+    """Without what JSON cannot hold; the reason of a failure says in words that something was no number."""
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
-async def load_trajectories(view: View, evaluation: Evaluation) -> dict[str, Trajectory]:
-    """The recorded trajectories of an evaluation, by id, from the log and its blobs."""
+def mean_reward(evaluation: Evaluation) -> float:
+    """Of the scored trajectories; 0 if there is none."""
+    rewards = [v.reward for v in evaluation.verdicts.values() if isinstance(v, Scored)]
+    return sum(rewards) / len(rewards) if rewards else 0.0
+
+
+class Records(Protocol):
+    """A run's events and blobs."""
+
+    @property
+    def run(self) -> str: ...
+
+    @property
+    def log(self) -> EventLog: ...
+
+    @property
+    def blobs(self) -> Blobs: ...
+
+
+async def load_trajectories(records: Records, evaluation: Evaluation) -> dict[str, Trajectory]:
+    """The recorded trajectories of an evaluation, by id, from the log and its blobs.
+
+    Raises:
+        TrainError: one of them is not there any more.
+        Corrupt: one of them is not what was recorded.
+    """
     name = evaluation.request.evaluation
     found: dict[str, Trajectory] = {}
 
     async def one(trajectory: str) -> None:
-        recorded = await view.log.get(subjects.trajectory_logged(view.run, trajectory))
+        recorded = await records.log.get(subjects.trajectory_logged(records.run, trajectory))
         if recorded is None or not isinstance(recorded.data, TrajectoryLogged):
-            raise TrainError(f"The trajectory {trajectory} is scored but not in the log.")
-        found[trajectory] = await body_of(view, recorded.data)
+            raise TrainError(f"The trajectory {trajectory} is scored but not in the log.", next_step=_VERIFY)
+        found[trajectory] = await _body(records, recorded.data)
 
     ids = [subjects.trajectory_id(name, *key) for key in evaluation.trajectories()]
     for i in range(0, len(ids), 64):
@@ -371,16 +486,29 @@ async def load_trajectories(view: View, evaluation: Evaluation) -> dict[str, Tra
     return {t: found[t] for t in sorted(found)}
 
 
-async def body_of(view: View, logged: TrajectoryLogged) -> Trajectory:
+async def _body(records: Records, logged: TrajectoryLogged) -> Trajectory:
     """The steps of a logged trajectory, inline or from its blob."""
     if logged.body is not None:
         return logged.body
     assert logged.blob is not None
-    return msgspec.json.decode(await view.blobs.get(logged.blob), type=Trajectory)
+    try:
+        return msgspec.json.decode(await records.blobs.get(logged.blob), type=Trajectory)
+    except NotFound as e:
+        raise TrainError(f"The trajectory {logged.trajectory} is gone: {e.message}", next_step=e.next_step) from e
+    except Corrupt as e:
+        raise Corrupt(f"The trajectory {logged.trajectory} is altered: {e.message}", next_step=e.next_step) from e
 
 
-def _digest(trajectories: dict[str, Trajectory]) -> str:
+def data_digest(trajectories: Mapping[str, Trajectory]) -> str:
+    """Digest of what an update was trained from: ids and steps of the trajectories.
+
+    Adapters are left out: their names hold that of the run, and digests of runs are compared.
+    """
     h = hashlib.blake2b(digest_size=16)
-    for name, trajectory in trajectories.items():
-        h.update(name.encode() + b"\0" + canonical(trajectory))
+    for name, trajectory in sorted(trajectories.items()):
+        steps = [msgspec.structs.replace(s, adapter=None) if isinstance(s, ModelCall) else s for s in trajectory.steps]
+        h.update(name.encode() + b"\0" + canonical(msgspec.structs.replace(trajectory, steps=tuple(steps))))
     return h.hexdigest()
+
+
+_VERIFY = "`bascule verify RUN` says what else is missing."

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bascule.plugins import Registry, hookimpl
-from bascule.plugins.algorithm import Credit, Group, Requirement
+from bascule.plugins.algorithm import Credit, Group, Requires
 from bascule.plugins.engine import EngineInfo, Sampled, SampleRequest
 from bascule.plugins.policy import (
     AuthorInput,
@@ -186,7 +186,8 @@ class Learns:
 
     name = "learns"
     version = "1"
-    requires: frozenset[Requirement] = frozenset({"on_policy"})
+    requires = Requires(on_policy=True)
+    streams: frozenset[str] = frozenset()
 
     def defaults(self) -> dict[str, Any]:
         return {"steps": 2, "groups": 4, "num_generations": 4, "lora_r": 2, "max_kl": 1e6, "max_ratio": 1e30}
@@ -200,13 +201,14 @@ class Learns:
 
 
 class Stumbles(Learns):
-    """An algorithm that never gets anywhere."""
+    """An algorithm that never gets anywhere, once it has something to go by."""
 
     name = "stumbles"
 
     def credit(self, groups: Sequence[Group], params: dict[str, Any]) -> list[Credit]:
-        del params
-        raise TrainError(f"{len(groups)} groups, and none of them will do.")
+        if groups:
+            raise TrainError(f"{len(groups)} groups, and none of them will do.")
+        return super().credit(groups, params)
 
 
 class Hashed:

@@ -24,6 +24,7 @@ from bascule.runtime.log.object_blobs import ObjectBlobs
 from bascule.runtime.log.permissions import ADMIN, APPENDS, CLI, READER, SERVICES, USERS, inbox, may_append
 from bascule.runtime.log.protocol import NewEvent
 from bascule.runtime.log.server import EmbeddedServer, find_binary
+from bascule.runtime.log.telemetry import Line
 from bascule.schemas import subjects
 from bascule.schemas.codec import encode
 from bascule.schemas.envelope import Draft, Producer
@@ -245,6 +246,24 @@ async def test_a_service_buries_its_own_dead_letters_and_a_person_retries_them(a
             await rollout.letters.bury(letter(run, "verifier"))
         with pytest.raises(NotPermitted):
             await reader.letters.retry(letter(run, "rollout"))
+
+
+def line(run: str, place: str = "train.g01.step") -> Line:
+    return Line(subject=f"bascule-telemetry.{run}.{place}", time="now", attempt=1, iteration=0, figures={"loss": 0.5})
+
+
+async def test_the_trainer_tells_how_it_goes_on_and_every_user_may_see_it(as_user: Open, run: str) -> None:
+    trainer, other, admin = [await as_user(user) for user in ("trainer", "rollout", ADMIN)]
+    await other.telemetry.send(line(run))  # refused, and said to nobody
+    await trainer.telemetry.send(line(run, "rollout.g01.step"))
+    await trainer.telemetry.send(line(run))
+    info = {"subjects_filter": f"*.{run}.>"}
+    async with asyncio.timeout(20):
+        while not (await admin.link.api("STREAM.INFO.BASCULE_TELEMETRY", info))["state"].get("subjects"):
+            await asyncio.sleep(0)
+    for user in USERS:
+        log = await as_user(user)
+        assert [found async for found in log.telemetry.read(run)] == [line(run)]
 
 
 async def test_blobs_on_the_broker_are_written_by_services_read_by_all_and_erased_from_the_command_line(

@@ -56,7 +56,7 @@ async def _episodes(config: Any) -> AsyncIterator[rollout.Episodes]:
             process.weather.problems.append(f"{process.name} sampled {spec.trajectory} without the adapter {adapter}")
         await process.weather.effort()
         prompt = spec.harness.files["system_prompt.md"]
-        return Trajectory(answer=world.said(prompt, adapter, spec.example["question"], key[1]))
+        return world.episode(world.said(prompt, adapter, spec.example["question"], key[1]))
 
     yield episode
 

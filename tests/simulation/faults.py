@@ -81,6 +81,7 @@ class FaultyLog:
         self._inner = inner
         self._process = process
         self.letters = inner.letters
+        self.telemetry = inner.telemetry
         self.extent = inner.extent
 
     async def append(self, events: Sequence[NewEvent], *, fence: Fence | None = None) -> list[Recorded]:

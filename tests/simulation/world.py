@@ -15,19 +15,20 @@ from typing import Any
 
 import msgspec
 
-from bascule.plugins.algorithm import Credit, Group
+from bascule.plugins.algorithm import Algorithm as AlgorithmProtocol
+from bascule.plugins.algorithm import Credit, Group, Requires
 from bascule.plugins.engine import EngineInfo, Sampled, SampleRequest
 from bascule.plugins.loader import Plugins
 from bascule.plugins.policy import AuthorInput, CallModel, CallResult, CallTool, HarnessEdit, NoEdit, PolicyInput
 from bascule.plugins.registry import Registry
 from bascule.plugins.task import Example, PublicFace
-from bascule.runtime.services.trainer import Update
 from bascule.runtime.world import task_digest
 from bascule.schemas.decision import LeverDecision
 from bascule.schemas.envelope import Producer
 from bascule.schemas.events import RunStarted, TrainRequested
 from bascule.schemas.run import EvaluationConfig, GateConfig, PluginChoice, PluginPin, RunConfig
-from bascule.schemas.trajectory import Scored, Trajectory
+from bascule.schemas.trajectory import ModelCall, Output, Sampling, Scored, Trajectory, pack_floats, pack_ids
+from bascule.trainers.jobs import Update
 
 RUN = "sim"
 NAME = "sim"
@@ -85,6 +86,13 @@ def said(prompt: str, adapter: str | None, question: str, sample: int) -> str:
     return "yes" if adapter is not None or place != 0 else "maybe"
 
 
+def episode(answer: str) -> Trajectory:
+    """One call of the model, which answered so."""
+    output = Output(token_ids=pack_ids([len(answer)]), logprobs=pack_floats([-0.5]), text=answer)
+    call = ModelCall(kind="completion", asked="", prompt_ids=pack_ids([1]), outputs=(output,), sampling=Sampling())
+    return Trajectory(steps=(call,), answer=answer)
+
+
 class Policy:
     """Follows the script; asks a model before it chooses the weights."""
 
@@ -125,7 +133,8 @@ class Algorithm:
 
     name = NAME
     version = "1"
-    requires = frozenset({"on_policy"})
+    requires = Requires(on_policy=True)
+    streams = frozenset()
 
     def defaults(self) -> dict[str, Any]:
         return {"steps": ITERATIONS, "groups": 1, "num_generations": 2}
@@ -163,13 +172,19 @@ class Engine:
 class Job:
     """An update's bytes follow from those before it and from what it was trained on."""
 
-    def __init__(self, request: TrainRequested, state: bytes, begin: Callable[[int, int], None]) -> None:
+    def __init__(
+        self, algorithm: AlgorithmProtocol, request: TrainRequested, state: bytes, begin: Callable[[int, int], None]
+    ) -> None:
+        self._algorithm = algorithm
         self._request = request
         self._state = state
         self._begin = begin
 
-    def update(self, trajectories: dict[str, Trajectory], credit: list[Credit], iteration: int) -> Update:
+    def update(
+        self, groups: Sequence[Group], trajectories: Mapping[str, Trajectory], iteration: int, progress: Any
+    ) -> Update:
         self._begin(self._request.generation, iteration)
+        credit = self._algorithm.credit(groups, self._request.params)
         h = hashlib.sha256(self._state + str(iteration).encode())
         h.update(msgspec.json.encode([trajectories, credit], order="sorted"))
         self._state = h.digest()
@@ -186,9 +201,19 @@ class Backend:
     def threads(self, wanted: int) -> int:
         return 1
 
-    def open(self, model: str, request: TrainRequested, parent: dict[str, bytes] | None, state: bytes | None) -> Job:
+    def versions(self) -> dict[str, str]:
+        return {}
+
+    def open(
+        self,
+        started: RunStarted,
+        algorithm: AlgorithmProtocol,
+        request: TrainRequested,
+        parent: Mapping[str, bytes] | None,
+        state: bytes | None,
+    ) -> Job:
         start = str(request.seed).encode() if state is None else state.removeprefix(b"state")
-        return Job(request, start, self._begin)
+        return Job(algorithm, request, start, self._begin)
 
 
 class Private:

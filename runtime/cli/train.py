@@ -1,0 +1,106 @@
+"""The command that trains again what a run trained. It imports what it needs when it runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bascule.runtime.cli.command import Exit, Json, Run, app, make_console, on_store, print_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from bascule.runtime.audit.retrain import Iteration, Retraining, TrainingJob
+    from bascule.runtime.cli.store import Store
+
+
+@app.command()
+@on_store
+async def train(
+    store: Store,
+    run: Run,
+    request: Annotated[
+        str,
+        typer.Option(metavar="EVENT", help="The training job: its generation, or its request's subject or id."),
+    ],
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Compute with so many threads; as many as recorded by default.")
+    ] = None,
+    algorithm: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Train the same samples with another algorithm.")
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Train again from the logged trajectories and compare the adapters; writes nothing.
+
+    Exit 1 if they differ at the recorded thread count.
+    """
+    from bascule.plugins.loader import plugins
+    from bascule.runtime.audit.retrain import Kept, find_job, retrain
+    from bascule.runtime.services.trainer import TorchBackend
+
+    job = await find_job(run, store.read(run), request)
+    console = make_console()
+    if not as_json:
+        console.print(_header(run, job, algorithm), highlight=False, soft_wrap=True, markup=False)
+    found = await retrain(
+        job,
+        Kept(run, store.log, store.blobs(run)),
+        plugins().registry,
+        TorchBackend(),
+        threads=threads,
+        algorithm=algorithm,
+        listener=lambda i: None if as_json else _show_iteration(i, console),
+    )
+    if as_json:
+        print_json(found)
+    else:
+        _show_result(found, console)
+    return Exit.DIFFERS if found.same is False and found.same_threads else Exit.SAME
+
+
+def _header(run: str, job: TrainingJob, algorithm: str | None) -> str:
+    r = job.request
+    start = r.adapter or "the base model"
+    text = f"{run}, generation {r.generation}: {r.iterations} update(s) with {r.algorithm} from {start}"
+    if algorithm is None or algorithm == r.algorithm:
+        return text
+    return f"{text}; now with {algorithm}, on the samples of the recorded job's own adapters"
+
+
+def _show_iteration(found: Iteration, console: Console) -> None:
+    same = "" if found.recorded is None else "  same" if found.recorded == found.sha256 else f"  not {found.recorded}"
+    text = f"  update {found.iteration}: {found.trajectories} trajectories, {found.sha256}{same}"
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _show_result(found: Retraining, console: Console) -> None:
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    for name, (then, now) in found.differing.items():
+        say(f"{name}: {then} when it was recorded, {now} now")
+    if found.same is not None and not found.same_threads:
+        recorded = ", ".join(str(n) for n in sorted({i.recorded_threads for i in found.iterations}))
+        say(
+            f"{found.iterations[-1].threads} thread(s), where {recorded} are recorded: only at an equal count are "
+            "adapters promised to be equal"
+        )
+    if found.failed is not None:
+        say(f"it fails as it is recorded to: {found.failed}")
+    if not found.iterations:
+        return
+    last = found.iterations[-1]
+    if found.same is None:
+        say(f"the adapter: {last.sha256}, of {found.algorithm}; there is none to compare it with")
+    elif found.same:
+        say(f"the same adapter: {last.sha256}")
+    else:
+        d = found.distance
+        how = (
+            "the recorded one is not kept"
+            if d is None
+            else f"largest difference {d.max_abs:.3g}, relative L2 distance {d.relative_l2:.3g}"
+        )
+        say(f"another adapter: {last.sha256}, recorded {last.recorded}; {how}")
