@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
+from pathlib import Path
 
 from ops.bench.report import show
 
-BENCHES = ("engine", "log", "loop")
+BENCHES = ("algorithms", "engine", "log", "loop", "publish", "train")
 
 
 def main() -> None:
@@ -16,9 +18,15 @@ def main() -> None:
     )
     parser.add_argument("bench", choices=BENCHES)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--home", type=Path, help="algorithms: keep the runs here, and make only those that are missing"
+    )
     arguments = parser.parse_args()
-    figures, notes = importlib.import_module(f"ops.bench.{arguments.bench}").run()
+    given = {"home": arguments.home} if arguments.home else {}
+    figures, notes = importlib.import_module(f"ops.bench.{arguments.bench}").run(**given)
     show(arguments.bench, figures, notes, as_json=arguments.json)
+    if any(note.startswith("FAIL") for note in notes):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

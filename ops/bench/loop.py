@@ -126,15 +126,14 @@ async def _bare(view: Any, state: RunState, events: Sequence[Recorded]) -> list[
     algorithm = plugins().registry.algorithms.get(request.algorithm)
     engine = make(state.config.model, {})
     await engine.start()
-    job = TrainJob(resolve_model(state.config.model), request.params, request.seed)
+    job = TrainJob(resolve_model(state.config.model), algorithm, request.params, request.seed)
     seconds = []
     for iteration, evaluation in enumerate(_trained_from(events)):
         trajectories = await load_trajectories(view, evaluation)
         asked = [_request(name, t, engine) for name, t in trajectories.items()]
         before = time.perf_counter()
         await asyncio.gather(*(engine.sample(r) for r in asked))
-        credit = algorithm.credit(groups_of(evaluation), request.params)
-        await asyncio.to_thread(job.update, trajectories, credit, iteration)
+        await asyncio.to_thread(job.update, groups_of(evaluation, trajectories), trajectories, iteration)
         seconds.append(time.perf_counter() - before)
     await engine.close()
     return seconds[1:]
