@@ -126,6 +126,14 @@ def load_model(folder: Path) -> PreTrainedModel:
     return model  # type: ignore[no-any-return]
 
 
+def release(model: Any) -> None:
+    """Say that a model of :func:`load_model` no longer has the weights that it was given.
+
+    What it shared is freed once no other copy has it; else it would stay for as long as this model does.
+    """
+    _origins.pop(model, None)
+
+
 def digest_of(model: Any) -> str | None:
     """The digest (:func:`model_digest`) of a model that :func:`load_model` gave; None for any other."""
     digest: str | None = getattr(model, "bascule_digest", None)

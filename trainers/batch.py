@@ -25,7 +25,8 @@ Floats = npt.NDArray[np.float64]
 
 #: The components in the order of their codes in :attr:`MicroBatch.component`.
 COMPONENTS: tuple[Component, ...] = ("policy", "reinforce", "imitation", "pair", "own")
-_WITH_RATIO = ("policy", "reinforce", "own")
+#: Those that compare the policy with the sampler, whose log-probabilities they need.
+WITH_RATIO: tuple[Component, ...] = ("policy", "reinforce", "own")
 
 
 @dataclass(frozen=True)
@@ -281,7 +282,7 @@ def _share(name: str, credit: Credit, trajectories: Mapping[str, Trajectory]) ->
     advantage = _stream(name, "advantage", credit.advantage, tokens)
     if not np.isfinite(advantage).all() or (credit.component in ("imitation", "pair") and (advantage < 0).any()):
         raise TrainError(f"Trajectory {name} has the {credit.component} credit {credit.advantage}.")
-    if credit.component in _WITH_RATIO and any(math.isnan(x) for r in rows for x in r.behaviour):
+    if credit.component in WITH_RATIO and any(math.isnan(x) for r in rows for x in r.behaviour):
         raise TrainError(
             f"Trajectory {name} lacks log-probabilities, or has some that are not finite, for {tokens} sampled tokens.",
             next_step="Choose an algorithm that does not require behaviour_logprobs, or an engine that records them.",

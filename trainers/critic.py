@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bascule.plugins.algorithm import Credit
 from bascule.trainers.batch import Floats
 
 
@@ -33,10 +34,17 @@ class Critic(torch.nn.Module):
         return self.value(hidden.float()).squeeze(-1)  # type: ignore[no-any-return]
 
 
-def explained_variance(values: Sequence[Floats], returns: Sequence[Floats]) -> float:
-    """1 - var(returns - values) / var(returns) over tokens with a return; 0 where the returns do not vary."""
-    v, r = (np.concatenate(list(x)) if x else np.zeros(0) for x in (values, returns))
-    known = np.isfinite(r)
-    v, r = v[known], r[known]
-    spread = float(r.var()) if r.size else 0.0
-    return 1.0 - float((r - v).var()) / spread if spread > 0 else 0.0
+def explained_variance(credit: Sequence[Credit], values: Mapping[str, Floats]) -> float:
+    """1 - var(returns - values) / var(returns) over the tokens of credit with returns; 0 where these do not vary.
+
+    Args:
+        credit: returns [T] of some trajectories.
+        values: [T] the critic's estimates for each trajectory's sampled tokens, by its id.
+    """
+    known = [c for c in credit if c.returns is not None and c.trajectory in values]
+    if not known:
+        return 0.0
+    returns = np.concatenate([np.asarray(c.returns) for c in known])
+    error = returns - np.concatenate([values[c.trajectory] for c in known])
+    spread = float(returns.var())
+    return 1.0 - float(error.var()) / spread if spread > 0 else 0.0

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from bascule.plugins.algorithm import Algorithm, Group, OwnTraining, Trained, TrainWork
 from bascule.schemas.errors import TrainError
 from bascule.schemas.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from bascule.trainers.loop import TrainJob
 
 Progress = Callable[[dict[str, float]], None]
 _MEASURED = ("seconds",)
@@ -72,15 +75,14 @@ def open_job(
 
 
 class _LoopJob:
-    def __init__(self, job: Any) -> None:
+    def __init__(self, job: TrainJob) -> None:
         self._job = job
 
     def update(
         self, groups: Sequence[Group], trajectories: Mapping[str, Trajectory], iteration: int, progress: Progress
     ) -> Update:
-        metrics = {k: float(v) for k, v in asdict(self._job.update(groups, trajectories, iteration, progress)).items()}
-        files = self._job.adapter_files()
-        return _update(Trained(files, self._job.checkpoint(), metrics))
+        metrics = self._job.update(groups, trajectories, iteration, progress)
+        return _update(Trained(self._job.adapter_files(), self._job.checkpoint(), metrics.figures()))
 
 
 class _OwnJob:

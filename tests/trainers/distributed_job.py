@@ -20,10 +20,11 @@ from bascule.plugins.algorithms.grpo import Grpo
 from bascule.plugins.algorithms.ppo import Ppo
 from bascule.schemas.errors import TrainError
 from bascule.schemas.trajectory import Trajectory
-from bascule.trainers import loop
+from bascule.trainers import learner
 from bascule.trainers.distributed import ranks
-from bascule.trainers.forward import token_figures
+from bascule.trainers.loop import TrainJob
 from tests.trainers.bandit import grouped
+from tests.trainers.gradients import limit_nodes
 
 ALGORITHMS: dict[str, type[Any]] = {"ppo": Ppo, "grpo": Grpo, "dpo": Dpo, "best_of_n": BestOfN}
 
@@ -65,15 +66,12 @@ def run_case(case: Case, batch: dict[str, Trajectory]) -> Outcome:
     """Two updates on the same batch."""
     algorithm = ALGORITHMS[case.algorithm]()
     parent = None if case.parent is None else {p.name: p.read_bytes() for p in Path(case.parent).iterdir()}
-    job = loop.TrainJob(Path(case.base), algorithm, {**algorithm.defaults(), **case.params}, 1, parent)
+    job = TrainJob(Path(case.base), algorithm, {**algorithm.defaults(), **case.params}, 1, parent)
 
-    def little_memory(base: Any, batch: Any, **kwargs: Any) -> Any:
-        if ranks().rank == 1 and case.nodes is not None and len(batch.tree.tokens) > case.nodes:
-            raise torch.OutOfMemoryError
-        return token_figures(base, batch, **kwargs)
-
-    keep = loop.KEEP_BYTES
-    loop.token_figures, loop.KEEP_BYTES = little_memory, 0 if case.recompute else keep
+    if ranks().rank == 1 and case.nodes is not None:
+        limit_nodes(job, case.nodes, torch.OutOfMemoryError)
+    keep = learner.KEEP_BYTES
+    learner.KEEP_BYTES = 0 if case.recompute else keep
     metrics = []
     try:
         for i in range(2):
@@ -83,7 +81,7 @@ def run_case(case: Case, batch: dict[str, Trajectory]) -> Outcome:
     except TrainError as error:
         return Outcome(refused=str(error))
     finally:
-        loop.token_figures, loop.KEEP_BYTES = token_figures, keep
+        learner.KEEP_BYTES = keep
     held = [p.to_local() if hasattr(p, "to_local") else p for p in job.model.parameters() if not p.requires_grad]
     return Outcome(state=job.checkpoint(), metrics=metrics, weights=sum(p.numel() for p in held))
 

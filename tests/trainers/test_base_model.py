@@ -159,6 +159,17 @@ def test_weights_that_nobody_uses_are_given_back(tiny: Path) -> None:
     assert not list(base_model._loaded)
 
 
+def test_a_model_that_no_longer_has_its_weights_holds_none(tiny: Path) -> None:
+    one, other = base_model.load_model(tiny), base_model.load_model(tiny)
+    alive = weakref.ref(base_model._origins[one])
+    for model in (one, other):
+        gc.collect()
+        assert alive() is not None
+        base_model.release(model)
+    gc.collect()
+    assert alive() is None
+
+
 def test_other_bytes_under_the_same_name_are_another_model(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny, folder)

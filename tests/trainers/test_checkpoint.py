@@ -9,13 +9,7 @@ import pytest
 from bascule.schemas.errors import TrainError
 from bascule.trainers.loop import TrainJob
 from bascule.trainers.tensorfile import read_tensors, write_tensors
-from tests.tiny_model import make_tiny_model
 from tests.trainers.bandit import PARAMS, alternating_credit, make_job, sample_batch, train
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("base"))
 
 
 def go(job: TrainJob, first: int, last: int) -> None:

@@ -15,34 +15,23 @@ import torch
 
 from bascule.plugins.algorithm import Credit
 from bascule.schemas.errors import ConfigError, TrainError
-from bascule.schemas.trajectory import ModelCall, Trajectory, pack_floats, unpack_floats
+from bascule.schemas.trajectory import ModelCall, Output, Sampling, Trajectory, pack_floats, pack_ids, unpack_floats
 from bascule.trainers.batch import units_of
 from bascule.trainers.loop import TrainJob
 from bascule.trainers.lora import adapter_hash
 from bascule.trainers.params import scheduled_rate, train_params
-from tests.tiny_model import make_tiny_model
-from tests.trainers.bandit import PARAMS, alternating_credit, make_job, plain_logprobs, sample_batch, train
-
-EXACT = {**PARAMS, "max_grad_norm": 1e9}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def parent(base: Path) -> dict[str, bytes]:
-    """An adapter whose two factors are both away from 0, so that all gradients are."""
-    job = make_job(base, {**PARAMS, "learning_rate": 2e-2}, seed=2)
-    for i in range(2):
-        batch = sample_batch(job, seed=i)
-        train(job, batch, alternating_credit(batch), i)
-    return job.adapter_files()
-
-
-def gradients(job: TrainJob) -> dict[str, torch.Tensor]:
-    return {n: p.grad.clone() for n, p in job.model.named_parameters() if p.grad is not None}
+from tests.trainers.bandit import (
+    PARAMS,
+    Given,
+    alternating_credit,
+    grouped,
+    make_job,
+    plain_logprobs,
+    sample_batch,
+    train,
+)
+from tests.trainers.conversations import sampled_at, spoken
+from tests.trainers.gradients import EXACT, gradients
 
 
 def shifted(trajectory: Trajectory, by: float) -> Trajectory:
@@ -197,6 +186,57 @@ def test_samples_of_another_policy_are_refused_with_the_figures(base: Path, by: 
     with pytest.raises(TrainError, match=bound):
         train(job, batch, alternating_credit(batch), 0)
     assert job.adapter_files() == before
+
+
+@pytest.mark.parametrize("what", ["unscored", "empty", "nothing"])
+def test_what_cannot_be_trained_on_changes_nothing_but_the_count(base: Path, what: str) -> None:
+    algorithm = Given()
+    algorithm.streams = frozenset({"policy", "reference", "values"})
+    job = TrainJob(base, algorithm, {**PARAMS, "num_mini_batches": 3, "target_kl": 0.1, "kl_coef": 0.1}, 1)
+    before = job.adapter_files()
+    output = Output(token_ids=b"", logprobs=b"", text="")
+    call = ModelCall(kind="chat", asked="", prompt_ids=pack_ids([5]), outputs=(output,), sampling=Sampling())
+    empty = {"e0-s0": Trajectory(), "e0-s1": Trajectory(steps=(call,))}
+    batch = {"unscored": sample_batch(job, seed=0, samples=2), "empty": empty, "nothing": {}}[what]
+    if what == "empty":
+        algorithm.given = [Credit(trajectory=t, component="policy", advantage=1.0) for t in empty]
+    metrics = job.update(grouped(batch, dict.fromkeys(batch, None if what == "unscored" else 1.0)), batch, 0)
+    assert (metrics.loss, metrics.trained_tokens, metrics.nodes, metrics.optimizer_steps) == (0, 0, 0, 0)
+    assert job.iteration == 1
+    assert job.adapter_files() == before
+
+
+def test_credit_for_what_has_no_score_is_refused(base: Path) -> None:
+    job = make_job(base, PARAMS, seed=1)
+    batch = sample_batch(job, seed=0)
+    job.algorithm.given = alternating_credit(batch)  # type: ignore[attr-defined]
+    with pytest.raises(TrainError, match="p1-s0, which has no score"):
+        job.update(grouped(batch, {t: None if t == "p1-s0" else 1.0 for t in batch}), batch, 0)
+    there = grouped({t: x for t, x in batch.items() if not t.startswith("p2")}, dict.fromkeys(batch, 1.0))
+    with pytest.raises(TrainError, match="p2-s0, which has no score"):
+        job.update(there, batch, 0)
+
+
+def test_credit_that_is_no_number_is_refused_before_anything_moves(base: Path) -> None:
+    job = make_job(base, PARAMS, seed=1)
+    batch = sample_batch(job, seed=0)
+    before = job.checkpoint()
+    for bad in (float("nan"), (1.0, float("inf"), 0.0)):
+        credit = [*alternating_credit(batch)[1:], Credit(trajectory="p0-s0", component="policy", advantage=bad)]
+        with pytest.raises(TrainError, match="p0-s0 has the policy credit"):
+            train(job, batch, credit, 0)
+    assert job.checkpoint() == before
+
+
+def test_the_guard_against_another_policy_looks_at_every_mini_batch(base: Path) -> None:
+    job = make_job(base, {**PARAMS, "num_mini_batches": 3}, seed=1)
+    batch = sample_batch(job, seed=0)
+    last = {
+        t: sampled_at(x, [p - 2.0 for *_, logprobs in spoken(x) for p in logprobs]) if t.startswith("p2") else x
+        for t, x in batch.items()
+    }
+    with pytest.raises(TrainError, match="max_kl"):
+        train(job, last, alternating_credit(batch), 0)
 
 
 def test_weights_that_are_not_numbers_stop_the_update(base: Path) -> None:

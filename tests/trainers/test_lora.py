@@ -30,7 +30,6 @@ from bascule.trainers.lora import (
 from bascule.trainers.params import TrainParams
 from bascule.trainers.tensorfile import MAX_HEADER, read_header, read_tensors, write_tensors
 from tests.tiny_experts import EXPERTS, LAYOUTS, make_tiny_experts
-from tests.tiny_model import make_tiny_model
 
 Files = dict[str, bytes]
 
@@ -40,11 +39,6 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BASCULE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("base"))
 
 
 def fresh(base: Path, seed: int = 0, **params: Any) -> PeftModel:

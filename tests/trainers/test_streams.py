@@ -18,9 +18,9 @@ from bascule.trainers.loop import TrainJob, UpdateMetrics
 from bascule.trainers.lora import adapter_hash
 from bascule.trainers.tensorfile import read_tensors
 from tests.oracles import within
-from tests.tiny_model import make_tiny_model
 from tests.trainers.bandit import PARAMS, Given, alternating_credit, grouped, make_job, sample_batch, train
-from tests.trainers.test_loop_exact import conversations, gradients, plain, spoken
+from tests.trainers.conversations import conversations, plain, spoken
+from tests.trainers.gradients import gradients
 
 LAX: dict[str, Any] = {**PARAMS, "max_grad_norm": 1e9, "max_ratio": 1e9, "max_kl": 1e9}
 
@@ -33,11 +33,6 @@ class Watching(Given):
     def credit(self, groups: Sequence[Group], params: dict[str, Any]) -> list[Credit]:
         self.groups, self.params = list(groups), params
         return self.given
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +175,7 @@ def test_only_the_value_loss_moves_the_critic_and_it_moves_nothing_else(base: Pa
                 for hidden in states(other, prompt, ids):
                     wanted -= next(returns[name]) * hidden  # of (V - R)^2 / 2 at V = 0
                     count += 1
-    critic: Any = found[1][0]._critic
+    critic: Any = found[1][0]._learner.critic
     got = critic.value.weight.grad[0]
     apart = float((got - 0.1 * wanted / count).abs().max() / got.abs().max())
     within("gradient of the critic", "plain passes and the squared error", apart, 1e-5)
@@ -205,7 +200,7 @@ def test_the_critic_is_clipped_to_its_estimates_before_the_update(base: Path, pa
     clipped = torch.minimum(torch.maximum(now, then - bound), then + bound)
     assert 0.2 < float((now != clipped).float().mean()) < 0.95
     (0.1 * torch.maximum((now - returns) ** 2, (clipped - returns) ** 2).mean() / 2).backward()
-    critic: Any = job._critic
+    critic: Any = job._learner.critic
     apart = float((critic.value.weight.grad - weight.grad).abs().max() / weight.grad.abs().max())
     within("gradient of the clipped critic", "plain passes and the squared error", apart, 1e-5)
 

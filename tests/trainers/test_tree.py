@@ -56,6 +56,15 @@ def test_packing_takes_each_unit_once_whole_and_keeps_the_budget(units: list[lis
         assert len(run) == 1 or len(build_tree([s for i in run for s in units[i]]).tokens) <= budget
 
 
+def test_sequences_that_share_little_get_trees_of_their_own_and_those_that_share_stay_together() -> None:
+    def row(first: int, length: int = 200) -> list[int]:
+        return [first, *range(1000, 1000 + length)]
+
+    assert list(pack([[row(1)], [row(2)]], 4096)) == [[0], [1]]
+    assert list(pack([[row(1, 30)], [row(2, 30)]], 4096)) == [[0, 1]]  # too short to fill a machine
+    assert list(pack([[[*row(1), i]] for i in range(8)], 4096)) == [list(range(8))]
+
+
 def test_an_empty_sequence_is_refused() -> None:
     with pytest.raises(ValueError, match="empty"):
         build_tree([[1], []])
