@@ -29,6 +29,7 @@ nightly: .venv/dev.stamp
 	$(BIN)/python -m pytest -m nightly -s
 	$(BIN)/python -m tests.simulation --schedules 100000
 	$(BIN)/python -m tests.faults --seed 3
+	$(BIN)/python -m ops.bench algorithms
 
 faults: .venv/dev.stamp
 	$(BIN)/python -m tests.faults --seed $(SEED) $(ARGS)

@@ -118,6 +118,12 @@ class TrainError(BasculeError):
         self.figures = dict(figures or {})
 
 
+class OutOfStep(BasculeError):
+    """One of several processes that train together ended or failed by itself, so that none can go on."""
+
+    code = "bascule.out_of_step"
+
+
 class ScoringError(BasculeError):
     """The scoring process could not score."""
 

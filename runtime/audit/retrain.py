@@ -1,6 +1,7 @@
 """Train again what a run trained: the same updates from the logged trajectories, compared with what was recorded.
 
-Nothing is written. For the same inputs, thread count and versions the adapters are the same, byte for byte.
+Nothing is written. For the same inputs, thread count, number of processes and versions the adapters are the same, byte
+for byte.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from bascule.plugins.registry import Registry
 from bascule.runtime.log.blobs import Blobs
 from bascule.runtime.log.protocol import EventLog
 from bascule.runtime.services.trainer import (
+    PROCESSES,
     Backend,
     Records,
     adapter_name,
@@ -76,10 +78,18 @@ class TrainingJob(msgspec.Struct, kw_only=True):
     failed: ev.TrainFailed | None = None
 
     def threads(self, iteration: int) -> int:
-        """With how many threads an update was computed; 0 if nobody began it."""
+        """With how many threads, in each process, an update was computed; 0 if nobody began it."""
+        attempt = self._attempt(iteration)
+        return attempt.threads if attempt else 0
+
+    def processes(self, iteration: int) -> int:
+        """By how many processes an update was computed; 0 if nobody began it."""
+        attempt = self._attempt(iteration)
+        return _processes(attempt.versions) if attempt else 0
+
+    def _attempt(self, iteration: int) -> ev.TrainStarted | None:
         checkpoint = self.checkpoints.get(iteration)
-        attempt = checkpoint.attempt if checkpoint else max(self.attempts, default=0)
-        return self.attempts[attempt].threads if attempt in self.attempts else 0
+        return self.attempts.get(checkpoint.attempt if checkpoint else max(self.attempts, default=0))
 
 
 async def find_job(run: str, events: AsyncIterator[Recorded], what: str) -> TrainingJob:
@@ -146,6 +156,7 @@ class Iteration(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         sha256: of the adapter; ``recorded`` is that of the log, None where there is nothing to compare with.
         threads: that it was computed with; ``recorded_threads`` when it was recorded, 0 if it never was.
+        processes: that computed it; ``recorded_processes`` when it was recorded, 0 if it never was.
     """
 
     iteration: int
@@ -154,6 +165,8 @@ class Iteration(msgspec.Struct, frozen=True, kw_only=True):
     recorded: str | None
     threads: int
     recorded_threads: int
+    processes: int
+    recorded_processes: int
     metrics: dict[str, float]
 
 
@@ -182,6 +195,11 @@ class Retraining(msgspec.Struct, frozen=True, kw_only=True):
     def same_threads(self) -> bool:
         """Whether every update was computed with as many threads as it was when it was recorded."""
         return all(i.threads == i.recorded_threads for i in self.iterations)
+
+    @property
+    def same_processes(self) -> bool:
+        """Whether every update was computed by as many processes as it was when it was recorded."""
+        return all(i.processes == i.recorded_processes for i in self.iterations)
 
 
 async def retrain(
@@ -250,6 +268,8 @@ async def retrain(
                 recorded=checkpoint.sha256 if checkpoint else None,
                 threads=used,
                 recorded_threads=job.threads(iteration),
+                processes=_processes(backend.versions()),
+                recorded_processes=job.processes(iteration),
                 metrics=update.metrics,
             )
             done.append(found)
@@ -306,7 +326,12 @@ def _differing(job: TrainingJob, algorithm: Algorithm, backend: Backend) -> dict
     now = backend.versions()
     then |= {algorithm.name: job.request.algorithm_version, "the code of bascule": job.code.get(attempt, "")[:12]}
     now |= {algorithm.name: algorithm.version, "the code of bascule": code_hash()[:12]}
-    return {name: (then[name], now[name]) for name in then if now.get(name, then[name]) != then[name]}
+    names = [name for name in then if name != PROCESSES]
+    return {name: (then[name], now[name]) for name in names if now.get(name, then[name]) != then[name]}
+
+
+def _processes(versions: Mapping[str, str]) -> int:
+    return int(versions.get(PROCESSES, "1"))
 
 
 async def _distance(

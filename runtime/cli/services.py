@@ -19,6 +19,7 @@ from bascule.runtime.cli.command import (
     print_json,
     run_async,
 )
+from bascule.runtime.cli.processes import led, refuse_several
 
 
 @app.command()
@@ -78,13 +79,15 @@ def serve(
     """Run one of the five services for every run, until stopped: at --url, or on the `bascule broker` of --home.
 
     Any number of rollout and verifier processes share the work. All processes need the same --home, where the blobs
-    are, or BASCULE_BLOBS=nats, which keeps them on the server.
+    are, or BASCULE_BLOBS=nats, which keeps them on the server. A launcher may start several processes of one trainer.
     """
     from bascule.runtime.cli import serving
     from bascule.runtime.cli.store import home_folder, open_store
 
     console = make_console(err=True)
     found = serving.service_named(service)
+    if service != "trainer":
+        refuse_several(f"serve {service}")
 
     async def execute() -> None:
         opened = open_store(home_folder(home), url=url, credentials=credentials, user=service, start=False, writes=True)
@@ -94,4 +97,4 @@ def serve(
                 store, found, run, lambda text: console.print(text, highlight=False, markup=False)
             )
 
-    run_async(execute())
+    led(lambda: run_async(execute()))()

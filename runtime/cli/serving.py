@@ -11,7 +11,7 @@ from bascule.runtime.exports.importing import unfinished
 from bascule.runtime.runner import Service, View, serve
 from bascule.runtime.services.catalog import SERVICES
 from bascule.schemas import subjects
-from bascule.schemas.errors import ConfigError
+from bascule.schemas.errors import ConfigError, OutOfStep
 from bascule.schemas.events import RunCancelled, RunResumed
 
 
@@ -30,6 +30,9 @@ async def serve_forever(store: Store, service: Service, only: str | None, say: C
     """Serve one service for every run of the log, each run on its own; a failing run does not stop the others.
 
     A run that has ended is taken up again when ablations are asked for.
+
+    Raises:
+        OutOfStep: the processes that train together cannot go on.
     """
     serving: set[str] = set()
 
@@ -73,6 +76,8 @@ async def serve_forever(store: Store, service: Service, only: str | None, say: C
         except* Exception as errors:
             text = view.redaction.value("; ".join(str(e) or type(e).__name__ for e in leaves(errors)))
             view.logger.exception("service.failed", service=service.name)
+            if any(isinstance(e, OutOfStep) for e in leaves(errors)):
+                raise
             say(f"{run}: {text} Trying again in {delay:.0f} s.")
         else:
             return True

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bascule.runtime.cli.command import Exit, Json, Run, app, make_console, on_store, print_json
+from bascule.runtime.cli.processes import led
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 
 @app.command()
+@led
 @on_store
 async def train(
     store: Store,
@@ -34,7 +36,7 @@ async def train(
 ) -> int:
     """Train again from the logged trajectories and compare the adapters; writes nothing.
 
-    Exit 1 if they differ at the recorded thread count.
+    Exit 1 if they differ at the recorded numbers of threads and of processes. A launcher may start several processes.
     """
     from bascule.plugins.loader import plugins
     from bascule.runtime.audit.retrain import Kept, find_job, retrain
@@ -57,7 +59,8 @@ async def train(
         print_json(found)
     else:
         _show_result(found, console)
-    return Exit.DIFFERS if found.same is False and found.same_threads else Exit.SAME
+    promised = found.same_threads and found.same_processes
+    return Exit.DIFFERS if found.same is False and promised else Exit.SAME
 
 
 def _header(run: str, job: TrainingJob, algorithm: str | None) -> str:
@@ -86,6 +89,12 @@ def _show_result(found: Retraining, console: Console) -> None:
         say(
             f"{found.iterations[-1].threads} thread(s), where {recorded} are recorded: only at an equal count are "
             "adapters promised to be equal"
+        )
+    if found.same is not None and not found.same_processes:
+        recorded = ", ".join(str(n) for n in sorted({i.recorded_processes for i in found.iterations}))
+        say(
+            f"{found.iterations[-1].processes} process(es), where {recorded} are recorded: adapters are promised to be "
+            "the same to 1e-5, and equal only at an equal number"
         )
     if found.failed is not None:
         say(f"it fails as it is recorded to: {found.failed}")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from bascule.trainers.jobs import Job, Progress
 
 NAME = "trainer"
+#: Among the versions of a start: how many processes computed, where they were several.
+PROCESSES = "processes"
 T = TypeVar("T")
 
 
@@ -368,7 +371,7 @@ class Backend(Protocol):
         ...
 
     def versions(self) -> dict[str, str]:
-        """What computes, by name, and the device."""
+        """What computes, by name; the device; how many processes, if they are several."""
         ...
 
     def open(
@@ -384,7 +387,7 @@ class Backend(Protocol):
 
 
 class TorchBackend:
-    """Updates with torch, which is imported when they begin."""
+    """Updates with torch, which is imported when they begin; by all processes where this is the first of several."""
 
     def threads(self, wanted: int) -> int:
         import torch
@@ -396,9 +399,12 @@ class TorchBackend:
     def versions(self) -> dict[str, str]:
         import torch
 
+        from bascule.trainers.distributed import ranks
+
         cuda = torch.cuda.is_available()
         device = torch.cuda.get_device_name() if cuda else f"cpu {torch.backends.cpu.get_cpu_capability()}"
-        return {name: version(name) for name in ("peft", "torch", "transformers")} | {"device": device}
+        found = {name: version(name) for name in ("peft", "torch", "transformers")} | {"device": device}
+        return found if ranks().size == 1 else found | {PROCESSES: str(ranks().size)}
 
     def open(
         self,
@@ -408,19 +414,77 @@ class TorchBackend:
         parent: Mapping[str, bytes] | None,
         state: bytes | None,
     ) -> Job:
-        from bascule.trainers.base_model import model_digest, resolve_model
-        from bascule.trainers.jobs import open_job
+        from bascule.trainers.distributed import LedJob, ranks
 
-        model = started.config.model
-        folder = resolve_model(model)
-        digest = model_digest(folder)
-        if started.model_digest not in ("", digest):
-            raise ConfigError(
-                f"The model {model!r} is not the one that the run started with (digest {digest}, recorded "
-                f"{started.model_digest}).",
-                next_step="Put the recorded model back; a run keeps its model.",
-            )
-        return open_job(algorithm, folder, request.params, request.seed, parent, state)
+        if ranks().size == 1:
+            return _opened(lambda: algorithm, started, request, parent, state)
+        return LedJob(
+            lambda: _opened(lambda: algorithm, started, request, parent, state),
+            (algorithm.name, algorithm.version, started, request, parent, state),
+        )
+
+
+def follow() -> None:
+    """In a process that was launched beside the first: compute with it what it computes, until it is done.
+
+    Raises:
+        OutOfStep: a process ended by itself.
+    """
+    from bascule.trainers import distributed
+
+    distributed.follow(lambda name, version, *more: _opened(lambda: _installed(name, version), *more))
+
+
+def _installed(name: str, version: str) -> Algorithm:
+    """The algorithm that the first process computes with.
+
+    Raises:
+        ConfigError: there is none, or only another version.
+    """
+    from bascule.plugins.loader import plugins
+
+    found = plugins().registry.algorithms.get(name, version)
+    if found.version != version:
+        raise ConfigError(
+            f"One process computes with {name} {version}, another has {found.version}.",
+            next_step="Install the same plugins on every machine of the launch.",
+        )
+    return found
+
+
+def _opened(
+    algorithm: Callable[[], Algorithm],
+    started: RunStarted,
+    request: TrainRequested,
+    parent: Mapping[str, bytes] | None,
+    state: bytes | None,
+) -> Job:
+    from bascule.trainers.distributed import in_step
+    from bascule.trainers.jobs import open_job
+
+    # In step before they open, since opening may be a thing of all processes together.
+    found, folder = in_step(lambda: (algorithm(), _base_folder(started)))
+    return open_job(found, folder, request.params, request.seed, parent, state)
+
+
+def _base_folder(started: RunStarted) -> Path:
+    """Of the run's base model.
+
+    Raises:
+        ConfigError: there is none, or it is another one.
+    """
+    from bascule.trainers.base_model import model_digest, resolve_model
+
+    model = started.config.model
+    folder = resolve_model(model)
+    digest = model_digest(folder)
+    if started.model_digest not in ("", digest):
+        raise ConfigError(
+            f"The model {model!r} is not the one that the run started with (digest {digest}, recorded "
+            f"{started.model_digest}).",
+            next_step="Put the recorded model back; a run keeps its model.",
+        )
+    return folder
 
 
 def refuse_infeasible(algorithm: Algorithm, groups: Sequence[Group]) -> None:

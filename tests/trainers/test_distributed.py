@@ -18,9 +18,10 @@ from bascule.trainers.distributed import Ranks
 from bascule.trainers.tensorfile import read_tensors
 from tests.oracles import within
 from tests.tiny_model import make_tiny_model
+from tests.trainers.architectures import KINDS, tiny
 from tests.trainers.bandit import PARAMS, alternating_credit, make_job, sample_batch, train
+from tests.trainers.conversations import conversations
 from tests.trainers.distributed_job import Case, Outcome, main
-from tests.trainers.test_loop_exact import KINDS, conversations, tiny
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = {"DDP": ["--multi_gpu"], "FSDP2": ["--use_fsdp", "--fsdp_version", "2"]}
