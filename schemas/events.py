@@ -287,7 +287,7 @@ class TrainStarted(Data, frozen=True, kw_only=True):
 
     Attributes:
         threads: of the thread that computes; equal inputs give equal bytes at an equal count.
-        versions: of what computes, by name, and the ``device`` that it computes on.
+        versions: of what computes, by name, its ``device``, and the number of ``processes`` where there are several.
     """
 
     TYPE = "bascule.train.started"
