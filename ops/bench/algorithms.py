@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ async def _run(home: Path) -> tuple[dict[str, Figure], list[str]]:
             arms = [await _arm(store, algorithm, seed) for seed in SEEDS]
             figures |= _figures(algorithm, arms)
             notes.append(verdict(algorithm, arms))
-            print(notes[-1], flush=True)
+            print(notes[-1], file=sys.stderr, flush=True)
     return figures, notes
 
 

@@ -1,7 +1,8 @@
 """One optimiser step of the training loop against one of TRL's GRPOTrainer, on the same recorded batch.
 
 Each side has a process of its own, which says how much memory it took at most, and the two take their steps in turns.
-Losses and gradients of the first step are compared.
+That both compute the same is shown by the loss and the gradients of a step in float64; how far each side's float32
+gradients are from those, by rounding alone, is printed beside it.
 """
 
 from __future__ import annotations
@@ -127,14 +128,19 @@ def run(settings: Sequence[Setting] = SETTINGS, steps: int = STEPS) -> tuple[dic
             batch = _batch(setting, base, parent)
             ours, theirs = _in_turns((base, parent, batch), (_ours, _trl), steps)
             again, plain = _in_turns((base, parent, batch), (_ours, _trl_keeping_activations), steps)
+            exact, reference = _in_turns((base, parent, batch), (_ours_in_float64, _trl_in_float64), 0)
         ratio = _ratio(ours, theirs)
-        parity = abs(ours.loss / theirs.loss - 1), _gradient_parity(ours, theirs)
+        parity = abs(exact.loss / reference.loss - 1), _gradient_parity(exact, reference)
+        rounding = _gradient_parity(ours, exact), _gradient_parity(theirs, exact)
         figures[f"{setting.name}: step"] = figure(ours.seconds, "s", baseline="TRL", ratio=ratio)
         figures[f"{setting.name}: TRL's step"] = figure(theirs.seconds, "s")
         figures[f"{setting.name}: peak memory"] = figure(
             [ours.memory], "GiB", baseline="TRL", ratio=theirs.memory / ours.memory
         )
-        notes.append(_note(setting, ratio, _ratio(again, plain), parity, (ours.memory, theirs.memory, plain.memory)))
+        notes.append(
+            _note(setting, ratio, _ratio(again, plain), parity, rounding, (ours.memory, theirs.memory, plain.memory))
+        )
+        print(notes[-1], file=sys.stderr, flush=True)
     return figures, [*notes, _versions()]
 
 
@@ -143,7 +149,12 @@ def _ratio(ours: Side, theirs: Side) -> float:
 
 
 def _note(
-    setting: Setting, ratio: float, plain: float, parity: tuple[float, float], memory: tuple[float, float, float]
+    setting: Setting,
+    ratio: float,
+    plain: float,
+    parity: tuple[float, float],
+    rounding: tuple[float, float],
+    memory: tuple[float, float, float],
 ) -> str:
     over = not (parity[0] <= LOSS_BOUND and parity[1] <= GRADIENT_BOUND)
     target = "a control" if setting.target is None else f"at least {setting.target:g}"
@@ -151,7 +162,7 @@ def _note(
     return (
         f"{'FAIL' if over else 'UNDER' if under else 'ok'} {setting.name}: {ratio:.2f} times TRL ({target}), "
         f"{plain:.2f} times TRL with gradient_checkpointing=False; loss within {parity[0]:.1e} ({LOSS_BOUND:g}), "
-        f"gradient within {parity[1]:.1e} ({GRADIENT_BOUND:g}); "
+        f"gradient within {parity[1]:.1e} ({GRADIENT_BOUND:g}), in float32 {rounding[0]:.1e} and TRL's {rounding[1]:.1e}; "
         f"{memory[0]:.2f} GiB, TRL {memory[1]:.2f} and {memory[2]:.2f}"
     )
 
@@ -168,7 +179,7 @@ def _versions() -> str:
 
 
 def _gradient_parity(ours: Side, theirs: Side) -> float:
-    """The largest difference of two components over the largest component."""
+    """The largest difference of two components over the largest component of ``theirs``."""
     assert ours.gradient.keys() == theirs.gradient.keys(), "the two sides train different parameters"
     difference = max(float(abs(g - theirs.gradient[name]).max()) for name, g in ours.gradient.items())
     return difference / max(float(abs(g).max()) for g in theirs.gradient.values())
@@ -261,7 +272,11 @@ def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _ours(pipe: Connection, base: Path, parent: Path, batch: Batch, steps: int) -> None:
+def _ours_in_float64(pipe: Connection, base: Path, parent: Path, batch: Batch, steps: int) -> None:
+    _ours(pipe, base, parent, batch, steps, double=True)
+
+
+def _ours(pipe: Connection, base: Path, parent: Path, batch: Batch, steps: int, *, double: bool = False) -> None:
     import torch
 
     from bascule.trainers.loop import TrainJob
@@ -287,6 +302,8 @@ def _ours(pipe: Connection, base: Path, parent: Path, batch: Batch, steps: int) 
     files = {file.name: file.read_bytes() for file in parent.iterdir()}
     params = {**PARAMS, "steps": steps + 1}
     job = TrainJob(base, Fixed(batch.advantages), params, seed=0, parent_adapter=files)
+    if double:
+        job.model.double()
     groups = [Group(example="bench", samples=samples)]
     loss, gradient = math.nan, {}
     pipe.send("ready")
@@ -308,7 +325,13 @@ def _trl_keeping_activations(pipe: Connection, base: Path, parent: Path, batch: 
     _trl(pipe, base, parent, batch, steps, gradient_checkpointing=False)
 
 
-def _trl(pipe: Connection, base: Path, parent: Path, batch: Batch, steps: int, **given: Any) -> None:
+def _trl_in_float64(pipe: Connection, base: Path, parent: Path, batch: Batch, steps: int) -> None:
+    _trl(pipe, base, parent, batch, steps, double=True)
+
+
+def _trl(
+    pipe: Connection, base: Path, parent: Path, batch: Batch, steps: int, *, double: bool = False, **given: Any
+) -> None:
     import torch
     from transformers import PrinterCallback, TrainerCallback
 
@@ -319,6 +342,8 @@ def _trl(pipe: Connection, base: Path, parent: Path, batch: Batch, steps: int, *
     files = {file.name: file.read_bytes() for file in parent.iterdir()}
     model = attach_lora(load_model(base), with_adapter(train_params(PARAMS), files), seed=0)
     load_adapter(model, files)
+    if double:
+        model.double()
     import trl as untyped
     from datasets import Dataset
 
