@@ -30,7 +30,6 @@ class Requires(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         reward_variance: a group whose rewards differ.
         winners: a sample that passed or, where the task has no pass, one with a reward above 0.
         pairs: two samples of one group of which the verifier ranks one above the other.
-        scalar_reward: rewards that are comparable across groups, not ranks within one.
         step_rewards: rewards of single model calls.
     """
 
@@ -40,7 +39,6 @@ class Requires(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     reward_variance: bool = False
     winners: bool = False
     pairs: bool = False
-    scalar_reward: bool = False
     step_rewards: bool = False
 
 

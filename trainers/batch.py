@@ -166,6 +166,27 @@ def trajectory_rows(name: str, trajectory: Trajectory) -> tuple[Row, ...]:
     )
 
 
+def check_ids(trajectories: Mapping[str, Trajectory], vocabulary: int) -> None:
+    """Refuse tokens that the model does not have.
+
+    Args:
+        trajectories: by id.
+        vocabulary: number of the model's tokens.
+
+    Raises:
+        TrainError: an id of a prompt or an output is not among them.
+    """
+    for name, trajectory in trajectories.items():
+        for call in (s for s in trajectory.steps if isinstance(s, ModelCall)):
+            for data in (call.prompt_ids, *(o.token_ids for o in call.outputs)):
+                ids = np.frombuffer(data, dtype="<i4")
+                if foreign := ids[(ids < 0) | (ids >= vocabulary)].tolist():
+                    raise TrainError(
+                        f"Trajectory {name} has the token id {foreign[0]}, and the base model has {vocabulary} tokens.",
+                        next_step="Check that the engine samples from this base model, with its tokenizer.",
+                    )
+
+
 def units_of(credit: Sequence[Credit], trajectories: Mapping[str, Trajectory]) -> list[Unit]:
     """What is trained on, in an order that does not depend on the order given; what has no sampled token is left out.
 

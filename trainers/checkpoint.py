@@ -1,7 +1,7 @@
 """A training job's whole state as one blob: adapter, critic, AdamW's moments, counters. The round trip is exact.
 
-The blob is a safetensors file; its metadata holds the counters. Nothing else is state: dropout is drawn from the seed
-and the number of the step, and the order of a batch follows from the trajectories' ids.
+The blob is a safetensors file; its metadata holds the counters and the base model's digest. Nothing else is state:
+dropout is drawn from the seed and the number of the step, and the order of a batch follows from the trajectories' ids.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bascule.schemas.errors import TrainError
+from bascule.trainers.base_model import digest_of
 from bascule.trainers.lora import adapter_tensors, set_adapter_tensors
 from bascule.trainers.tensorfile import read_tensors, write_tensors
 
@@ -52,7 +53,9 @@ def write_checkpoint(
     for name, parameter in _trained(model, critic):
         state = optimizer.state.get(parameter, {})
         tensors |= {f"{key}/{name}": state[key] for key in _MOMENTS if key in state}
-    return write_tensors(tensors, {"format": _FORMAT, "counters": json.dumps(asdict(counters), sort_keys=True)})
+    metadata = {"format": _FORMAT, "counters": json.dumps(asdict(counters), sort_keys=True)}
+    digest = digest_of(model.get_base_model())
+    return write_tensors(tensors, {**metadata, **({"base": digest} if digest else {})})
 
 
 def read_checkpoint(
@@ -71,6 +74,12 @@ def read_checkpoint(
         counters = Counters(**json.loads(metadata.get("counters", "")))
     except (ValueError, TypeError) as error:
         raise TrainError("The checkpoint has no readable counters.") from error
+    base, own_base = metadata.get("base"), digest_of(model.get_base_model())
+    if base and own_base and base != own_base:
+        raise TrainError(
+            f"The checkpoint is of a job on the base model {base[:12]}, not on this one, {own_base[:12]}.",
+            next_step="Put back the base model that the job began with.",
+        )
     if counters.seed != seed:
         raise TrainError(f"The checkpoint is of a job with seed {counters.seed}, not {seed}.")
     adapter, values = _under("adapter/", tensors), _under("critic/", tensors)

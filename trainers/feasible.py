@@ -12,7 +12,7 @@ def unmet(requires: Requires, groups: Sequence[Group]) -> tuple[str, ...]:
     """Which requirements fail on which data, a reason each; empty if the algorithm may train from ``groups``.
 
     Whatever is required, there must be a scored sample, and a sampled token to train. ``on_policy`` cannot be seen in
-    the data: who samples anew for every iteration meets it. ``scalar_reward`` is met by any recorded reward.
+    the data: who samples anew for every iteration meets it.
     """
     samples = [s for g in groups for s in g.samples]
     scored = [s for s in samples if s.reward is not None]

@@ -53,6 +53,11 @@ def check_base(base: Any) -> None:
         )
 
 
+def vocabulary(base: Any) -> int:
+    """Number of tokens that a base model embeds and predicts."""
+    return min(len(e.weight) for e in (base.get_input_embeddings(), base.get_output_embeddings()))
+
+
 def token_figures(base: Any, batch: MicroBatch, *, entropy_gradient: bool = False) -> TokenFigures:
     """Compute a micro-batch, with gradient where gradients are enabled.
 
@@ -126,26 +131,26 @@ class _Head(torch.autograd.Function):
         entropy_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         """[M] log-probabilities and [U] entropies of hidden [U, H], weight [V, H], source and target [M], heat [U]."""
-        logprobs = torch.empty(len(target), dtype=torch.float32, device=hidden.device)
-        entropy = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        like: Any = {"dtype": torch.float32, "device": hidden.device}
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        like: Any = {"dtype": wide, "device": hidden.device}
+        logprobs, entropy, heat = torch.empty(len(target), **like), torch.empty(len(hidden), **like), heat.to(wide)
         expected = torch.empty(hidden.shape, **like) if ctx.needs_input_grad[0] else None
         slope = torch.empty(hidden.shape, **like) if expected is not None and entropy_gradient else None
         for first in range(0, len(hidden), HEAD_ROWS):
             rows = slice(first, min(first + HEAD_ROWS, len(hidden)))
-            logits = torch.nn.functional.linear(hidden[rows], weight, bias).float()
-            logp = torch.log_softmax(logits / heat[rows, None], dim=-1)
+            logits = torch.nn.functional.linear(hidden[rows], weight, bias).to(wide).div_(heat[rows, None])
+            logp = torch.log_softmax(logits, dim=-1)
+            p = torch.softmax(logits, dim=-1)  # exp(logp) sums to 1 +- 2e-6, times what the rows of W have in common
             del logits
             begin, end = torch.searchsorted(source, torch.tensor([rows.start, rows.stop], device=source.device))
             logprobs[begin:end] = logp[source[begin:end] - first, target[begin:end]]
-            p = logp.exp()
             logp.mul_(p)
             entropy[rows] = -logp.sum(dim=-1)
             if expected is not None:
-                expected[rows] = (p.to(weight.dtype) @ weight).float()
+                expected[rows] = p.to(weight.dtype) @ weight
             if slope is not None:
                 logp.add_(p * entropy[rows, None])
-                slope[rows] = (logp.to(weight.dtype) @ weight).float()
+                slope[rows] = logp.to(weight.dtype) @ weight
         ctx.save_for_backward(weight, source, target, heat, expected, slope)
         ctx.dtype = hidden.dtype
         return logprobs, entropy
@@ -154,7 +159,7 @@ class _Head(torch.autograd.Function):
     def backward(ctx: Any, of_logprobs: Tensor, of_entropy: Tensor) -> tuple[Tensor | None, ...]:
         weight, source, target, heat, expected, slope = ctx.saved_tensors
         grad = torch.zeros_like(expected)
-        grad.index_add_(0, source, of_logprobs[:, None] * weight[target].float())
+        grad.index_add_(0, source, of_logprobs[:, None] * weight[target].to(grad.dtype))
         total = torch.zeros_like(heat).index_add_(0, source, of_logprobs)
         grad -= total[:, None] * expected
         if slope is not None:

@@ -15,19 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bascule.plugins.algorithm import Algorithm, Group
-from bascule.schemas.errors import TrainError
+from bascule.plugins.algorithm import Algorithm, Credit, Group
+from bascule.schemas.errors import BasculeError, TrainError
 from bascule.schemas.trajectory import Trajectory
-from bascule.trainers.batch import WITH_RATIO, Unit, split, units_of, weighed
+from bascule.trainers.batch import WITH_RATIO, Unit, check_ids, split, units_of, weighed
 from bascule.trainers.checkpoint import Counters, read_checkpoint, write_checkpoint
 from bascule.trainers.critic import explained_variance
 from bascule.trainers.distributed import ranks
+from bascule.trainers.forward import vocabulary
 from bascule.trainers.learner import open_learner
 from bascule.trainers.lora import adapter_files, with_adapter
 from bascule.trainers.loss import effective_sample_size
 from bascule.trainers.params import TrainParams, scheduled_rate, train_params
 from bascule.trainers.passes import Packed, Passes, packed
-from bascule.trainers.step import Objective, check_kl, step_gradient
+from bascule.trainers.step import Objective, check_kl, check_moved, step_gradient
 from bascule.trainers.streams import Streams, policy_logprobs, reference_logprobs, streams_of, with_streams
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ class UpdateMetrics:
     Attributes:
         loss: sum of the components' losses.
         kl: mean over tokens with a ratio of the k3 estimate of KL(sampler || policy) before the update.
+        kl_update: mean over the trained tokens of the k3 estimate of KL(policy before the update || policy), as the
+            step found it; where imitation and pairs have no figures from before, it begins with the first step on the
+            same tokens, and those of theirs that became likelier count as 0. The noise of dropout is in it.
         kl_reference: mean over the tokens that were compared with it of the estimate, by ``kl_estimator``, of the
             divergence to the reference.
         kl_coef: of the KL divergence in the reward.
@@ -62,6 +66,7 @@ class UpdateMetrics:
 
     loss: float = 0.0
     kl: float = 0.0
+    kl_update: float = 0.0
     kl_reference: float = 0.0
     kl_coef: float = 0.0
     clip_fraction: float = 0.0
@@ -172,39 +177,41 @@ class TrainJob:
             groups: scored samples.
             trajectories: of these samples, by id; in any order.
             iteration: of this update, counted from 0; a guard against doing one twice.
-            progress: is told the figures of every optimiser step.
+            progress: is told the figures of every optimiser step, and the ``tokens_per_second`` that it trained.
 
         Raises:
-            TrainError: the iteration is not the next one, the data are not usable, the sampler's policy is not the
-                trainer's (``max_kl``, ``max_ratio``), the loss or gradient is not finite, or memory ran out again
-                after the micro-batches were halved.
+            TrainError: the iteration is not the next one, the algorithm failed, the data are not usable, the sampler's
+                policy is not the trainer's (``max_kl``, ``max_ratio``), the update runs away from the policy that it
+                began with (``max_kl``), a loss with a ratio was to have dropout, the loss or gradient is not finite, or
+                memory ran out again after the micro-batches were halved.
         """
         started = time.perf_counter()
         if iteration != self._counters.iteration:
             raise TrainError(f"Update {iteration} was asked for, but the next one is {self._counters.iteration}.")
+        check_ids(trajectories, vocabulary(self._learner.base))
         kl_coef = self._counters.kl_coef
         streams = streams_of(self.algorithm.streams, groups, trajectories, self._learner, self._passes)
-        credit = self.algorithm.credit(with_streams(groups, streams), {**self._objective.given, "kl_coef": kl_coef})
+        credit = self._credit(with_streams(groups, streams), kl_coef)
         units = units_of(credit, trajectories)
+        self._check_dropout(units)
         parts = split(units, self.params.num_mini_batches, _group_of(units, groups))
         batches = [packed(weighed(part, self.params)) for part in parts]
-        known = self._completed(streams, units, batches)
+        known = [self._completed(streams, units, batches)] * len(batches)
         metrics = UpdateMetrics(
             kl_coef=kl_coef,
             explained_variance=explained_variance(credit, streams.values or {}),
             max_nodes=self._passes.max_nodes,
         )
         for step in range(self.params.num_iterations * len(batches)):
-            metrics = replace(
-                self._optimizer_step(batches[step % len(batches)], known, metrics),
-                optimizer_steps=step + 1,
-                seconds=time.perf_counter() - started,
-            )
-            progress(metrics.figures())
+            part, began = step % len(batches), time.perf_counter()
+            figures, known[part] = self._optimizer_step(batches[part], known[part], metrics)
+            now = time.perf_counter()
+            metrics = replace(figures, optimizer_steps=step + 1, seconds=now - started)
+            progress({**metrics.figures(), "tokens_per_second": metrics.trained_tokens / (now - began)})
         self._counters = replace(
             self._counters,
             iteration=iteration + 1,
-            kl_coef=_adapted_kl_coef(kl_coef, streams, self.params),
+            kl_coef=_adapted_kl_coef(kl_coef, streams, self.params) if units else kl_coef,
             max_nodes=self._passes.max_nodes,
         )
         return replace(
@@ -214,11 +221,41 @@ class TrainJob:
             seconds=time.perf_counter() - started,
         )
 
+    def _credit(self, groups: Sequence[Group], kl_coef: float) -> list[Credit]:
+        """What the algorithm gives.
+
+        Raises:
+            TrainError: it fails.
+        """
+        try:
+            return self.algorithm.credit(groups, {**self._objective.given, "kl_coef": kl_coef})
+        except BasculeError:
+            raise
+        except Exception as error:
+            raise TrainError(
+                f"The algorithm {self.algorithm.name} {self.algorithm.version} failed to give credit: {error!r}.",
+                next_step="Report it to the plugin's authors, or choose another algorithm.",
+            ) from error
+
+    def _check_dropout(self, units: Sequence[Unit]) -> None:
+        """Refuse dropout where the policy's figures are compared with those that were computed without.
+
+        Raises:
+            TrainError: a component has a ratio.
+        """
+        ratio = sorted({share.component for unit in units for share in unit} & set(WITH_RATIO))
+        if self.params.lora_dropout and ratio:
+            raise TrainError(
+                f"lora_dropout is {self.params.lora_dropout:g}, and the loss {ratio[0]} of {self.algorithm.name} "
+                "compares the policy with itself without dropout.",
+                next_step="Set lora_dropout to 0, or choose an algorithm that imitates or compares pairs.",
+            )
+
     def _completed(self, streams: Streams, units: Sequence[Unit], parts: Sequence[Packed]) -> Streams:
         """The streams, with those that the losses need and the algorithm did not ask for."""
         components = {share.component for unit in units for share in unit}
         whole = parts[0] if len(parts) == 1 else packed(units)
-        moves = len(parts) * self.params.num_iterations > 1 or self._learner.dropout
+        moves = len(parts) * self.params.num_iterations > 1
         if streams.policy is None and moves and components & set(WITH_RATIO):
             streams = replace(streams, policy=policy_logprobs(whole, self._learner, self._passes))
         compared = "pair" in components or (self.params.beta > 0 and components & {"policy", "reinforce"})
@@ -226,23 +263,28 @@ class TrainJob:
             streams = replace(streams, reference=reference_logprobs(whole, self._learner, self._passes))
         return streams
 
-    def _optimizer_step(self, batches: Packed, streams: Streams, before: UpdateMetrics) -> UpdateMetrics:
-        """Take one step; the figures of the update so far, with this step's."""
+    def _optimizer_step(
+        self, batches: Packed, streams: Streams, before: UpdateMetrics
+    ) -> tuple[UpdateMetrics, Streams]:
+        """Take one step; the figures of the update so far, with this step's, and the streams for the part's next."""
         seed = (self._counters.seed, self._counters.optimizer_step)
-        done = step_gradient(batches, streams, self._objective, self._learner, self._passes, seed)
+        done, streams = step_gradient(batches, streams, self._objective, self._learner, self._passes, seed)
         sums = done.sums
         tokens = max(sums.tokens, 1.0)
         kl = sums.kl_behaviour / tokens
+        kl_update = done.moved / max(done.tokens, 1)
         check_kl(kl, self.params)
+        check_moved(kl_update, before.optimizer_steps, self.params)
         norm = self._clipped_norm(done.loss)
         rate = scheduled_rate(self.params, self._counters.optimizer_step)
         self._optimizer.param_groups[0]["lr"] = rate
         self._optimizer.step()
         self._counters = replace(self._counters, optimizer_step=self._counters.optimizer_step + 1)
-        return replace(
+        figures = replace(
             before,
             loss=done.loss,
             kl=kl,
+            kl_update=kl_update,
             kl_reference=sums.kl_reference / tokens,
             clip_fraction=sums.clipped / tokens,
             entropy=done.entropy / max(done.tokens, 1),
@@ -254,6 +296,7 @@ class TrainJob:
             nodes=_nodes(batches, self._passes.max_nodes),
             max_nodes=self._passes.max_nodes,
         )
+        return figures, streams
 
     def _clipped_norm(self, loss: float) -> float:
         """Clip the gradients, the critic's by themselves; the adapter's norm before."""

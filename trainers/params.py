@@ -37,7 +37,8 @@ class TrainParams(msgspec.Struct, frozen=True, kw_only=True):
         adam_beta2: of AdamW.
         adam_epsilon: of AdamW.
         loss_type: how token losses are averaged: ``dapo`` (over all tokens of the optimiser step), ``grpo`` (over each
-            trajectory's tokens, then over trajectories), ``dr_grpo`` (sum over trajectories * max_completion_length).
+            trajectory's tokens, then over trajectories), ``dr_grpo`` (sum over trajectories * max_completion_length);
+            trajectories without credit are in none of these divisors.
         max_completion_length: constant divisor of ``dr_grpo``.
         importance_sampling_level: the ratio of each token, or of the whole trajectory (GSPO, arXiv 2507.18071).
         epsilon: the ratio is clipped below at 1 - epsilon.
@@ -60,11 +61,14 @@ class TrainParams(msgspec.Struct, frozen=True, kw_only=True):
         label_smoothing: probability that a pair is the wrong way round (cDPO).
         lora_r: rank.
         lora_alpha: the adapter is scaled by ``lora_alpha / lora_r``.
-        lora_dropout: in the passes with gradient; log-probabilities that are compared are computed without.
+        lora_dropout: in the passes with gradient of imitation and pairs; a loss with a probability ratio takes none,
+            for the ratio would not be 1 where the policy has not moved.
         lora_target_modules: last names of the adapted modules; None for all linear layers but the output embedding.
         lora_target_parameters: names of adapted parameters that are no layers, as the experts of gpt-oss.
         max_nodes: tokens of one micro-batch's tree.
-        max_kl: bound on the mean KL divergence of the sampler from the policy before an update.
+        max_kl: bound on the mean KL divergence of the sampler from the policy before an update, and of that policy from
+            the one that an update of several optimiser steps has reached (of tokens that imitation and pairs chose,
+            those that became less likely).
         max_ratio: bound on any token's probability ratio of policy and sampler, or its inverse, before an update.
     """
 
@@ -126,7 +130,12 @@ def train_params(params: Mapping[str, Any]) -> TrainParams:
 
 
 def scheduled_rate(params: TrainParams, step: int) -> float:
-    """The learning rate of optimiser step ``step`` (from 0); it falls to 0 just after the last one."""
+    """The learning rate of optimiser step ``step`` (from 0).
+
+    ``linear`` and ``cosine`` reach 0 at step ``steps * num_iterations * num_mini_batches``, the first that a job whose
+    updates all have their steps does not take. An update without credit takes none, one of fewer groups than
+    ``num_mini_batches`` takes fewer, and the rate ends higher then.
+    """
     total = params.steps * params.num_iterations * params.num_mini_batches
     rate = params.learning_rate * min(1.0, (step + 1) / max(params.warmup_steps, 1))
     progress = min(step / total, 1.0)

@@ -61,7 +61,7 @@ class Passes:
         """
         while True:
             begin()
-            found, failure = self._attempt(batches(self.max_nodes), work)
+            found, failure = self._attempt(batches, work)
             failures = [f for f in self.processes.gather(failure) if f is not None]
             if not failures:
                 every = {i: x for part in self.processes.gather(found) for i, x in part.items()}
@@ -74,15 +74,18 @@ class Passes:
             self.max_nodes = self._asked // 2
 
     def _attempt(
-        self, batches: Sequence[MicroBatch], work: Callable[[int, MicroBatch, bool], T]
+        self, batches: Packed, work: Callable[[int, MicroBatch, bool], T]
     ) -> tuple[dict[int, T], TrainError | None]:
         """What this process's part of the work gave by micro-batch, and the first failure."""
         found: dict[int, T] = {}
         failure: TrainError | None = None
+        batch: MicroBatch | None = None
         try:
-            for i, counts in self.processes.turns(len(batches)):
+            every = batches(self.max_nodes)
+            for i, counts in self.processes.turns(len(every)):
+                batch = every[i]
                 try:
-                    result = work(i, batches[i], counts)
+                    result = work(i, batch, counts)
                 except TrainError as error:
                     failure = failure or error
                     if not self.processes.sharded:
@@ -90,19 +93,29 @@ class Passes:
                     continue
                 if counts:
                     found[i] = result
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error) or self.processes.sharded:
                 raise
-            failure = _OutOfMemory(
-                f"Memory ran out, also with micro-batches of {self.max_nodes} nodes.",
-                next_step=f"Set max_nodes below {self.max_nodes}, or use a larger device.",
-            )
+            failure = self._over(batch)
         return found, failure
+
+    def _over(self, batch: MicroBatch | None) -> TrainError:
+        """That memory ran out, on a micro-batch or while they were packed."""
+        if batch is not None and len(batch.tree.tokens) > self.max_nodes:
+            return _OutOfMemory(
+                f"Memory ran out on {' and '.join(batch.trajectories)}, {len(batch.tree.tokens)} nodes that no "
+                f"max_nodes splits.",
+                next_step="Use a larger device, or bound the length of an episode.",
+            )
+        return _OutOfMemory(
+            f"Memory ran out, also with micro-batches of {self.max_nodes} nodes.",
+            next_step=f"Set max_nodes below {self.max_nodes}, or use a larger device.",
+        )
 
 
 class _OutOfMemory(TrainError):
     """Smaller micro-batches may help."""
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

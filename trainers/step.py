@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,12 @@ from torch import Tensor
 
 from bascule.plugins.algorithm import Algorithm, Component, OwnLoss
 from bascule.schemas.errors import TrainError
-from bascule.trainers.batch import COMPONENTS, WITH_RATIO, Floats, Ints, MicroBatch, gathered
+from bascule.trainers.batch import COMPONENTS, WITH_RATIO, Floats, Ints, MicroBatch, gathered, scattered
 from bascule.trainers.critic import Critic
 from bascule.trainers.forward import TokenFigures, token_figures
 from bascule.trainers.learner import Learner, training_mode
 from bascule.trainers.loss import (
+    MAX_LOG_RATIO,
     LossInputs,
     LossOutputs,
     LossSums,
@@ -57,12 +59,15 @@ class StepSums:
         loss: of all components, as it is minimised.
         entropy: in nats, over the trained tokens.
         tokens: that were trained.
+        moved: k3 estimates of KL(policy before the update || policy), in nats, over the trained tokens; 0 where the
+            policy before was not known, and for a token of imitation or a pair that has become likelier.
         sums: of the losses.
     """
 
     loss: float
     entropy: float
     tokens: int
+    moved: float
     sums: LossSums
 
 
@@ -73,7 +78,7 @@ def step_gradient(
     learner: Learner,
     passes: Passes,
     seed: tuple[int, ...],
-) -> StepSums:
+) -> tuple[StepSums, Streams]:
     """Set the gradients of adapter and critic to those of one optimiser step, the same bits on every process.
 
     Args:
@@ -84,6 +89,10 @@ def step_gradient(
         passes: over the micro-batches, on all processes.
         seed: of the step's dropout; each micro-batch's is drawn from it and the micro-batch's index.
 
+    Returns:
+        The sums, and the streams for later steps on the same batch: with the policy's log-probabilities of this one,
+        where they were not known and there are later steps.
+
     Raises:
         TrainError: a loss is not finite or lacks its stream, a token's ratio is over ``max_ratio``, or memory ran out.
     """
@@ -93,11 +102,14 @@ def step_gradient(
         for p in trained:
             p.grad = None
 
-    def backward(index: int, batch: MicroBatch, counts: bool) -> StepSums:
-        with training_mode(learner, len(batch.tree.tokens), hash((*seed, index)) % 2**63):
+    keep = streams.policy is None and objective.params.num_iterations > 1
+
+    def backward(index: int, batch: MicroBatch, counts: bool) -> tuple[StepSums, Floats | None]:
+        with training_mode(learner, len(batch.tree.tokens), _drawn(*seed, index)):
             now = token_figures(learner.base, batch, entropy_gradient=objective.params.entropy_coef > 0)
+            old = _before(now, batch, streams)
             try:
-                outputs = losses(now, batch, streams, objective, learner.critic)
+                outputs = losses(now, old, batch, streams, objective, learner.critic)
                 loss = torch.stack([o.loss for o in outputs]).sum()
             except TrainError:
                 if passes.processes.sharded:  # the other processes wait in this pass
@@ -105,27 +117,64 @@ def step_gradient(
                 raise
             (loss if counts else 0 * loss).backward()  # type: ignore[no-untyped-call]
         entropy = float(now.entropy.detach().sum(dtype=torch.float64))
-        return StepSums(float(loss.detach()), entropy, len(batch.target), add_sums(o.sums for o in outputs))
+        moved = (now.logprobs.detach() - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        # Tokens of imitation and pairs were chosen to become likelier; of those, what becomes less likely counts.
+        moved = torch.where(_with_ratio(batch, old.device), moved, moved.clamp(max=0))
+        sums = StepSums(
+            loss=float(loss.detach()),
+            entropy=entropy,
+            tokens=len(batch.target),
+            moved=float((torch.expm1(moved) - moved).sum(dtype=torch.float64)),
+            sums=add_sums(o.sums for o in outputs),
+        )
+        return sums, old.cpu().numpy().astype(np.float64) if keep else None
 
-    every = passes.each(batches, backward, clear)
+    found = passes.each(batches, backward, clear)
+    every = [sums for sums, _ in found]
     if passes.processes.size > 1:
         for p in trained:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         passes.processes.add([p.grad for p in trained if p.grad is not None])
-    return StepSums(
-        math.fsum(s.loss for s in every),
-        math.fsum(s.entropy for s in every),
-        sum(s.tokens for s in every),
-        add_sums(s.sums for s in every),
+    total = StepSums(
+        loss=math.fsum(s.loss for s in every),
+        entropy=math.fsum(s.entropy for s in every),
+        tokens=sum(s.tokens for s in every),
+        moved=math.fsum(s.moved for s in every),
+        sums=add_sums(s.sums for s in every),
     )
+    first = [old for _, old in found if old is not None]
+    return total, replace(streams, policy=scattered(batches(passes.max_nodes), first)) if first else streams
+
+
+def _drawn(*numbers: int) -> int:
+    """A seed for torch's generators."""
+    return int.from_bytes(blake2b(repr(numbers).encode(), digest_size=7).digest())
+
+
+def _with_ratio(batch: MicroBatch, device: torch.device) -> Tensor:
+    """[M] which tokens are of a component that compares the policy with the sampler."""
+    return torch.from_numpy(np.isin(batch.component, [COMPONENTS.index(c) for c in WITH_RATIO])).to(device)
+
+
+def _before(now: TokenFigures, batch: MicroBatch, streams: Streams) -> Tensor:
+    """[M] the policy's log-probabilities before the update: those of this very pass where no others are known."""
+    if streams.policy is None:
+        return now.logprobs.detach()
+    return torch.from_numpy(gathered(streams.policy, batch)).to(now.logprobs.device, torch.float32)
 
 
 def losses(
-    now: TokenFigures, batch: MicroBatch, streams: Streams, objective: Objective, critic: Critic | None
+    now: TokenFigures, old: Tensor, batch: MicroBatch, streams: Streams, objective: Objective, critic: Critic | None
 ) -> list[LossOutputs]:
     """The losses of one micro-batch with gradient: of each component that it has, and the critic's.
 
-    Where the policy does not move during an update, its log-probabilities before are those of this very pass.
+    Args:
+        now: figures of its M tokens.
+        old: [M] the policy's log-probabilities before the update.
+        batch: the micro-batch.
+        streams: what the losses need besides.
+        objective: gives them.
+        critic: if there is one.
 
     Raises:
         TrainError: as :func:`step_gradient`.
@@ -139,7 +188,6 @@ def losses(
         return torch.from_numpy(values).to(device)
 
     params = objective.params
-    old = now.logprobs.detach() if streams.policy is None else floats(gathered(streams.policy, batch))
     reference = None if streams.reference is None else floats(gathered(streams.reference, batch))
     behaviour = floats(batch.behaviour)
     _check_ratio(old, behaviour, batch, params.max_ratio)
@@ -217,14 +265,33 @@ def check_kl(kl: float, params: TrainParams) -> None:
         )
 
 
+def check_moved(kl: float, step: int, params: TrainParams) -> None:
+    """Refuse to go on where an update has run away from the policy that it began with.
+
+    Args:
+        kl: mean over tokens of an estimate of KL(policy before the update || policy), in nats.
+        step: of the update, from 0; the one that finds it so.
+        params: ``max_kl`` is read.
+
+    Raises:
+        TrainError: it is over the bound.
+    """
+    if kl > params.max_kl:
+        raise TrainError(
+            f"Optimiser step {step} of the update finds the policy {kl:.3g} nats (KL) from where the update began, "
+            f"over the bound max_kl = {params.max_kl:g}.",
+            next_step="Lower learning_rate, num_iterations or num_mini_batches, or raise max_kl.",
+            figures={"kl_update": kl, "step": float(step)},
+        )
+
+
 def _check_ratio(old: Tensor, behaviour: Tensor, batch: MicroBatch, bound: float) -> None:
     """Refuse tokens that the sampler can hardly have drawn from this policy.
 
     Raises:
         TrainError: a probability ratio of policy and sampler, or its inverse, is over ``bound``.
     """
-    ratio = np.isin(batch.component, [COMPONENTS.index(c) for c in WITH_RATIO])
-    drift = (old - behaviour).abs()[torch.from_numpy(ratio).to(old.device)]
+    drift = (old - behaviour).abs()[_with_ratio(batch, old.device)]
     worst = math.exp(min(float(drift.max()), 700.0)) if drift.numel() else 1.0
     if worst > bound:
         raise TrainError(

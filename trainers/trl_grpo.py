@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 FIXED: dict[str, Any] = {
     "num_mini_batches": 1,
     "entropy_coef": 0.0,
+    "lora_dropout": 0.0,
     "clip_ratio_c": None,
     "kl_estimator": "k3",
     "kl_reference": "base",
@@ -76,12 +77,16 @@ class TrlGrpo:
         import torch
 
         from bascule.trainers.base_model import load_model
+        from bascule.trainers.batch import check_ids
         from bascule.trainers.checkpoint import Counters, read_checkpoint, write_checkpoint
+        from bascule.trainers.forward import vocabulary
         from bascule.trainers.lora import adapter_files, attach_lora, load_adapter, with_adapter
 
         if work.adapter is not None:
             params = with_adapter(params, work.adapter)
-        model = attach_lora(load_model(work.base), params, work.seed)
+        base = load_model(work.base)
+        check_ids(work.trajectories, vocabulary(base))
+        model = attach_lora(base, params, work.seed)
         if work.adapter is not None:
             load_adapter(model, work.adapter)
         optimizer = torch.optim.AdamW(
@@ -257,6 +262,8 @@ def _replaying(trainer: Any, rows: Sequence[tuple[Row, float]], params: TrainPar
     """
     import torch
 
+    from bascule.trainers.step import check_kl
+
     class Replay(trainer):  # type: ignore[misc]
         def __init__(self, **given: Any) -> None:
             self.losses: list[float] = []
@@ -272,13 +279,7 @@ def _replaying(trainer: Any, rows: Sequence[tuple[Row, float]], params: TrainPar
             old = self._logprobs(batch)
             drift = torch.where(sampled > 0, old - batch.pop("behaviour"), 0.0)
             self.kl = float((torch.expm1(drift) - drift).sum() / sampled.sum())
-            if self.kl > params.max_kl:
-                raise TrainError(
-                    f"The sampler's policy is {self.kl:.3g} nats (KL) from the trainer's, over the bound max_kl = "
-                    f"{params.max_kl:g}.",
-                    next_step="Check that the engine serves this job's current adapter.",
-                    figures={"kl": self.kl},
-                )
+            check_kl(self.kl, params)
             weights = torch.exp(drift).clamp(max=params.importance_cap)
             batch |= {"old_per_token_logps": old, "advantages": batch["advantages"][:, None] * weights}
             if params.beta > 0:

@@ -64,7 +64,7 @@ class Entropic:
 
     name = "entropic"
     version = "1"
-    requires = Requires(behaviour_logprobs=True, on_policy=True, group_size=3, reward_variance=True, scalar_reward=True)
+    requires = Requires(behaviour_logprobs=True, on_policy=True, group_size=3, reward_variance=True)
     streams: frozenset[Stream] = frozenset({"reference"})
 
     def defaults(self) -> dict[str, Any]:

@@ -34,8 +34,10 @@ class Grpo:
 
     Variants are parameters:
 
-    - as first published: ``loss_type: grpo``, ``epsilon_high: 0.2``, ``beta: 0.04`` with ``kl_estimator: k3``
-    - Dr. GRPO (arXiv 2503.20783): ``loss_type: dr_grpo``, ``scale_rewards: none``
+    - as first published: ``loss_type: grpo``, ``epsilon_high: 0.2``, ``beta: 0.04`` with ``kl_estimator: k3``; but the
+      published KL term is k3 itself, ours k3 times the ratio, whose gradient is that of the divergence
+    - Dr. GRPO (arXiv 2503.20783): ``loss_type: dr_grpo``, ``scale_rewards: none``; but the constant divisor counts the
+      trajectories with credit only, so groups that say nothing do not make the step smaller
     - DAPO (arXiv 2503.14476): ``loss_type: dapo``, ``epsilon_high: 0.28``, ``mask_truncated_completions: true``
     - GSPO (arXiv 2507.18071): ``importance_sampling_level: sequence``, ``loss_type: grpo``, ``epsilon: 3e-4``,
       ``epsilon_high: 4e-4``
@@ -43,7 +45,7 @@ class Grpo:
 
     name = "grpo"
     version = "2"
-    requires = Requires(behaviour_logprobs=True, on_policy=True, group_size=2, reward_variance=True, scalar_reward=True)
+    requires = Requires(behaviour_logprobs=True, on_policy=True, group_size=2, reward_variance=True)
     streams: frozenset[Stream] = frozenset()
 
     def defaults(self) -> dict[str, Any]:

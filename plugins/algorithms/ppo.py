@@ -47,7 +47,7 @@ class Ppo:
 
     name = "ppo"
     version = "1"
-    requires = Requires(behaviour_logprobs=True, on_policy=True, scalar_reward=True)
+    requires = Requires(behaviour_logprobs=True, on_policy=True)
     streams: frozenset[Stream] = frozenset({"policy", "reference", "values"})
 
     def defaults(self) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Reinforce:
 
     name = "reinforce"
     version = "1"
-    requires = Requires(behaviour_logprobs=True, on_policy=True, group_size=2, scalar_reward=True)
+    requires = Requires(behaviour_logprobs=True, on_policy=True, group_size=2)
     streams: frozenset[Stream] = frozenset({"policy", "reference"})
 
     def defaults(self) -> dict[str, Any]:

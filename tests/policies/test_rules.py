@@ -151,7 +151,7 @@ def infeasible(requires: Requires, params: dict[str, Any], **figures: Any) -> st
         (Requires(winners=True), {}, {"success_rate": 0.0}, "no verified success in 256 samples"),
         (Requires(pairs=True), {}, {"informative": 0.0}, "no sample is ranked above another"),
         (Requires(step_rewards=True), {}, {}, "no model call has a reward of its own"),
-        (Requires(scalar_reward=True), {}, {"variance": 0.0, "mean": 0.5}, "all rewards are 0.5"),
+        (Requires(), {}, {"variance": 0.0, "mean": 0.5}, "all rewards are 0.5"),
     ],
 )
 def test_each_requirement_is_held_against_the_landscape(

@@ -147,7 +147,12 @@ def reward_first_token(batch: Mapping[str, Trajectory], best: int) -> list[Group
 
 def play_bandit(base: Path, algorithm: Algorithm, updates: int) -> tuple[float, float]:
     """Probability of the rewarded token, at first the second likeliest, before and after some updates."""
-    job = TrainJob(base, algorithm, {**algorithm.defaults(), **PARAMS, "learning_rate": 1e-2, "steps": updates}, seed=1)
+    job = TrainJob(
+        base,
+        algorithm,
+        {**algorithm.defaults(), **PARAMS, "learning_rate": 1e-2, "max_kl": 99, "steps": updates},
+        seed=1,
+    )
     prompt = PROMPTS[2]
 
     def probabilities() -> torch.Tensor:

@@ -13,7 +13,14 @@ from bascule.trainers.loop import TrainJob
 from bascule.trainers.tensorfile import read_tensors
 from tests.trainers.bandit import PARAMS
 
-EXACT: dict[str, Any] = {**PARAMS, "max_grad_norm": 1e9, "epsilon": 0.02, "epsilon_high": 0.02, "learning_rate": 1e-2}
+EXACT: dict[str, Any] = {
+    **PARAMS,
+    "max_grad_norm": 1e9,
+    "epsilon": 0.02,
+    "epsilon_high": 0.02,
+    "learning_rate": 1e-2,
+    "max_kl": 99.0,
+}
 Gradients = dict[str, Tensor]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bascule.schemas.errors import TrainError
+from bascule.trainers.base_model import model_digest
 from bascule.trainers.loop import TrainJob
 from bascule.trainers.tensorfile import read_tensors, write_tensors
 from tests.trainers.bandit import PARAMS, alternating_credit, make_job, sample_batch, train
@@ -50,6 +51,7 @@ def test_damaged_and_foreign_checkpoints_are_refused_and_change_nothing(base: Pa
     go(job, 0, 1)
     blob = job.checkpoint()
     tensors, metadata = read_tensors(blob, "test")
+    assert metadata["base"] == model_digest(base)
     moment = next(k for k in tensors if k.startswith("exp_avg/"))
     wide = make_job(base, {**PARAMS, "lora_r": 8}, seed=5)
     other = make_job(base, PARAMS, seed=6)
@@ -58,6 +60,7 @@ def test_damaged_and_foreign_checkpoints_are_refused_and_change_nothing(base: Pa
         b"\x80\x04N.",
         write_tensors(tensors, {**metadata, "format": "other"}),
         write_tensors(tensors, {"format": metadata["format"]}),
+        write_tensors(tensors, {**metadata, "base": "0" * 64}),
         write_tensors({k: v for k, v in tensors.items() if k != moment}, metadata),
         write_tensors({**tensors, moment: tensors[moment][:1]}, metadata),
         wide.checkpoint(),

@@ -74,7 +74,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Case], di
 
     cases = {name: case(name, SEVERAL) for name in ("ppo", "grpo", "dpo")}
     cases["one-micro-batch"] = case("ppo", {**SEVERAL, "max_nodes": 4096, "num_mini_batches": 1})
-    cases["promoted"] = case("grpo", {**SEVERAL, "kl_reference": "promoted", "lora_dropout": 0.1}, recompute=True)
+    cases["promoted"] = case("dpo", {**SEVERAL, "kl_reference": "promoted", "lora_dropout": 0.1}, recompute=True)
     cases["experts"] = case("best_of_n", {**SEVERAL, **EXPERTS}, base=str(experts), parent=None)
     cases["refused"] = case("grpo", {**SEVERAL, "max_ratio": 1.6})
     cases["memory"] = case("grpo", {**SEVERAL, "max_nodes": 60}, nodes=30)

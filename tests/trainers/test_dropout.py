@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
+from bascule.plugins.algorithm import Component, Credit
+from bascule.schemas.errors import TrainError
+from bascule.schemas.trajectory import Trajectory
 from bascule.trainers.loop import TrainJob
-from tests.trainers.bandit import PARAMS, alternating_credit, make_job, sample_batch, train
+from tests.trainers.bandit import PARAMS, make_job, sample_batch, train
 
 
 def dropped(base: Path, parent: dict[str, bytes], seed: int = 2, **params: Any) -> TrainJob:
     lax = {"max_kl": 1e9, "max_ratio": 1e9}
     return make_job(base, {**PARAMS, **lax, "lora_dropout": 0.2, "num_iterations": 2, **params}, seed, parent)
+
+
+def imitated(batch: Mapping[str, Trajectory]) -> list[Credit]:
+    return [Credit(trajectory=t, component="imitation", advantage=1.0) for t in batch]
 
 
 def test_dropout_is_drawn_from_the_seed_and_resumes(base: Path, parent: dict[str, bytes]) -> None:
@@ -24,7 +33,7 @@ def test_dropout_is_drawn_from_the_seed_and_resumes(base: Path, parent: dict[str
     def go(job: TrainJob, first: int, last: int, torch_seed: int) -> TrainJob:
         torch.manual_seed(torch_seed)  # what others draw does not matter
         for i in range(first, last):
-            train(job, batches[i], alternating_credit(batches[i]), i)
+            train(job, batches[i], imitated(batches[i]), i)
         return job
 
     one = go(dropped(base, parent), 0, 2, torch_seed=1)
@@ -38,12 +47,21 @@ def test_dropout_is_drawn_from_the_seed_and_resumes(base: Path, parent: dict[str
         assert go(other, 0, 3, torch_seed=1).adapter_files() != one.adapter_files()
 
 
-def test_the_ratio_with_dropout_is_to_the_policy_without_it(base: Path, parent: dict[str, bytes]) -> None:
-    """The sampler has no dropout, so the figures that compare it with the trainer stay those of an equal policy."""
-    job = dropped(base, parent, num_iterations=1, max_grad_norm=1e9)
+def test_seeds_that_hash_alike_draw_another_dropout(base: Path, parent: dict[str, bytes]) -> None:
+    one, other = (dropped(base, parent, seed=seed) for seed in (0, 2**61 - 1))
+    assert hash(0) == hash(2**61 - 1)
+    batch = sample_batch(one, seed=0)
+    for job in (one, other):
+        train(job, batch, imitated(batch), 0)
+    assert one.adapter_files() != other.adapter_files()
+
+
+@pytest.mark.parametrize("component", ["policy", "reinforce", "own"])
+def test_a_loss_with_a_ratio_takes_no_dropout(base: Path, parent: dict[str, bytes], component: Component) -> None:
+    job = dropped(base, parent)
     batch = sample_batch(job, seed=0)
-    credit = [c for c in alternating_credit(batch) if c.component == "policy"]
-    metrics = train(job, batch, credit, 0)
-    assert metrics.kl == pytest.approx(0, abs=1e-6)
-    assert metrics.ess == pytest.approx(1, abs=1e-4)
-    assert metrics.clip_fraction > 0.1  # of tokens whose own probability dropout has moved by more than the bound
+    first, *others = imitated(batch)
+    credit = [msgspec.structs.replace(first, component=component), *others]
+    with pytest.raises(TrainError, match=rf"lora_dropout is 0\.2.*{component}"):
+        train(job, batch, credit, 0)
+    assert job.adapter_files() == parent

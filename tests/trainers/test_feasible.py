@@ -12,9 +12,9 @@ from bascule.trainers.feasible import unmet
 
 ALL = Requires(
     behaviour_logprobs=True, on_policy=True, group_size=3, reward_variance=True, winners=True, pairs=True,
-    scalar_reward=True, step_rewards=True,
+    step_rewards=True,
 )  # fmt: skip
-NAMES = tuple(name for name in Requires.__struct_fields__ if name not in ("on_policy", "scalar_reward"))
+NAMES = tuple(name for name in Requires.__struct_fields__ if name != "on_policy")
 
 
 def sample(number: int, **values: Any) -> Sample:

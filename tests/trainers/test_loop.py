@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ import msgspec
 import pytest
 import torch
 
-from bascule.plugins.algorithm import Credit
+from bascule.plugins.algorithm import Component, Credit, Group, Stream
 from bascule.schemas.errors import ConfigError, TrainError
 from bascule.schemas.trajectory import ModelCall, Output, Sampling, Trajectory, pack_floats, pack_ids, unpack_floats
 from bascule.trainers.batch import units_of
 from bascule.trainers.loop import TrainJob
 from bascule.trainers.lora import adapter_hash
 from bascule.trainers.params import scheduled_rate, train_params
+from tests.oracles import within
 from tests.trainers.bandit import (
     PARAMS,
     Given,
@@ -30,7 +31,7 @@ from tests.trainers.bandit import (
     sample_batch,
     train,
 )
-from tests.trainers.conversations import sampled_at, spoken
+from tests.trainers.conversations import plain, sampled_at, spoken
 from tests.trainers.gradients import EXACT, gradients
 
 
@@ -130,7 +131,7 @@ def test_two_processes_give_the_same_bytes(base: Path) -> None:
 
 
 def test_several_steps_on_a_batch_clip_what_has_moved_away(base: Path) -> None:
-    job = make_job(base, {**PARAMS, "learning_rate": 3e-2, "num_iterations": 4}, seed=1)
+    job = make_job(base, {**PARAMS, "learning_rate": 1e-2, "num_iterations": 4, "max_kl": 99}, seed=1)
     batch = sample_batch(job, seed=0)
     metrics = train(job, batch, alternating_credit(batch), 0)
     assert metrics.optimizer_steps == 4
@@ -246,6 +247,101 @@ def test_weights_that_are_not_numbers_stop_the_update(base: Path) -> None:
         next(p for p in job.model.parameters() if p.requires_grad).fill_(torch.nan)
     with pytest.raises(TrainError, match="loss is nan"):
         train(job, batch, alternating_credit(batch), 0)
+
+
+@pytest.mark.parametrize("where", ["prompt", "output"])
+@pytest.mark.parametrize("foreign", [320, -1])
+@pytest.mark.parametrize("streams", [frozenset(), frozenset({"policy"})])
+def test_tokens_that_the_model_does_not_have_are_refused_with_the_trajectory(
+    base: Path, where: str, foreign: int, streams: frozenset[Stream]
+) -> None:
+    job = make_job(base, PARAMS, seed=1)
+    job.algorithm.streams = streams
+    batch = sample_batch(job, seed=0)
+    (call,) = batch["p1-s2"].steps
+    assert isinstance(call, ModelCall)
+    if where == "prompt":
+        call = msgspec.structs.replace(call, prompt_ids=pack_ids([5, foreign]))
+    else:
+        output = msgspec.structs.replace(call.outputs[0], token_ids=pack_ids([5, foreign, 6]))
+        call = msgspec.structs.replace(call, outputs=(output,))
+    with pytest.raises(TrainError, match=rf"p1-s2 has the token id {foreign}, .* 320 tokens.*tokenizer"):
+        train(job, {**batch, "p1-s2": Trajectory(steps=(call,))}, alternating_credit(batch), 0)
+
+
+def test_an_algorithm_that_fails_is_named_with_its_failure(base: Path) -> None:
+    class Broken(Given):
+        failure: Exception = KeyError("heat")
+
+        def credit(self, groups: Sequence[Group], params: dict[str, Any]) -> list[Credit]:
+            raise self.failure
+
+    job = TrainJob(base, Broken(), PARAMS, 1)
+    with pytest.raises(TrainError, match=r"given 1 failed to give credit: KeyError\('heat'\)"):
+        job.update([], {}, 0)
+    Broken.failure = ConfigError("w_max is -1.")
+    with pytest.raises(ConfigError, match=r"w_max is -1"):
+        job.update([], {}, 0)
+
+
+COMPONENTS: list[Component] = ["policy", "reinforce", "imitation", "pair"]
+
+
+def of_component(batch: Mapping[str, Trajectory], component: Component) -> list[Credit]:
+    names = sorted(batch)
+    if component == "pair":
+        pairs = zip(names[::2], names[1::2], strict=True)
+        return [Credit(trajectory=a, component="pair", advantage=1.0, rejected=b) for a, b in pairs]
+    return [Credit(trajectory=t, component=component, advantage=1.0) for t in names]
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_an_update_that_runs_away_is_stopped_at_the_step_that_finds_it(base: Path, component: Component) -> None:
+    seen: list[dict[str, float]] = []
+    for num_mini_batches, first in ((1, 1), (3, 1 if component in ("policy", "reinforce") else 3)):
+        params = {"num_iterations": 3, "num_mini_batches": num_mini_batches, "beta": 0.1, "learning_rate": 0.3}
+        algorithm = Given()
+        job = TrainJob(base, algorithm, {**PARAMS, **params}, seed=1)
+        batch = sample_batch(job, seed=0)
+        algorithm.given = of_component(batch, component)
+        seen.clear()
+        with pytest.raises(TrainError, match=rf"Optimiser step {first} .* max_kl = 0\.5") as caught:
+            job.update(grouped(batch, dict.fromkeys(batch, 0.0)), batch, 0, seen.append)
+        assert [round(figures["kl_update"], 5) for figures in seen] == [0] * first
+        assert caught.value.figures["kl_update"] > 0.5
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_how_far_an_update_has_moved_is_measured_from_where_it_began(
+    base: Path, parent: dict[str, bytes], component: Component
+) -> None:
+    params = {**PARAMS, "num_iterations": 3, "beta": 0.1, "learning_rate": 3e-3, "max_nodes": 40}
+    algorithm = Given()
+    job = TrainJob(base, algorithm, params, 1, parent)
+    batch = sample_batch(job, seed=0)
+    algorithm.given = of_component(batch, component)
+    policies, figures = [now_of(job, batch)], []
+
+    def watch(step: dict[str, float]) -> None:
+        figures.append(step)
+        policies.append(now_of(job, batch))
+
+    metrics = job.update(grouped(batch, dict.fromkeys(batch, 0.0)), batch, 0, watch)
+    top = None if component in ("policy", "reinforce") else 0.0
+    apart = [(now - policies[0]).clamp(-99, top) for now in policies]
+    wanted = [float((torch.expm1(d) - d).mean()) for d in apart]
+    assert wanted[2] > 1e-4
+    for step, k3 in zip(figures, wanted[:3], strict=True):
+        within(f"kl_update ({component})", "plain padded forward", abs(step["kl_update"] - k3), 1e-6)
+        assert step["tokens_per_second"] > 0
+    assert metrics.kl_update == figures[-1]["kl_update"]
+    assert "tokens_per_second" not in metrics.figures()
+
+
+def now_of(job: TrainJob, batch: Mapping[str, Trajectory]) -> torch.Tensor:
+    """Log-probabilities of all sampled tokens, from plain passes."""
+    with torch.no_grad():
+        return torch.cat([logprobs for logprobs, _ in plain(job.model, batch).values()])
 
 
 def test_a_parent_adapter_is_continued_with_its_own_rank(base: Path, parent: dict[str, bytes]) -> None:

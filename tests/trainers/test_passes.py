@@ -20,7 +20,7 @@ from tests.trainers.gradients import EXACT, adapter, decoder, gradients, limit_n
 ALLOCATOR = "[enforce fail at alloc_cpu.cpp:119] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, lambda: RuntimeError(ALLOCATOR)])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, lambda: RuntimeError(ALLOCATOR), MemoryError])
 @pytest.mark.parametrize("streams", [frozenset(), frozenset({"policy"})])
 def test_memory_that_runs_out_halves_the_micro_batches_once(
     base: Path,
@@ -56,6 +56,15 @@ def test_a_micro_batch_of_one_node_is_not_halved(base: Path) -> None:
     limit_nodes(job, 0, torch.OutOfMemoryError)
     with pytest.raises(TrainError, match="Memory ran out"):
         train(job, batch, alternating_credit(batch), 0)
+
+
+def test_a_trajectory_that_alone_is_too_large_is_named_instead_of_a_smaller_bound(base: Path) -> None:
+    job = make_job(base, {**PARAMS, "max_nodes": 8}, seed=1)
+    batch = sample_batch(job, seed=0)
+    limit_nodes(job, 4, torch.OutOfMemoryError)
+    with pytest.raises(TrainError, match=r"Memory ran out on p\d-s\d, [78] nodes that no max_nodes splits") as caught:
+        train(job, batch, alternating_credit(batch), 0)
+    assert "max_nodes" not in (caught.value.next_step or "")
 
 
 def test_another_error_of_torch_is_not_taken_for_one_of_memory(base: Path) -> None:

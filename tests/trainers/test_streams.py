@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -258,15 +259,28 @@ def test_the_coefficient_moves_towards_the_wanted_divergence_and_is_in_the_check
     wanted = divergence / 1.1 if target == "measured" else target
     params = {"kl_coef": 0.05, "target_kl": wanted, "horizon": 600.0}
     job, algorithm = watched(base, parent, **params)
-    assert update(job, batch, []).kl_coef == 0.05
+    assert update(job, batch, alternating_credit(batch)).kl_coef == 0.05
     assert algorithm.params["kl_coef"] == 0.05
     expected = 0.05 * (1 + error * len(batch) / 600)
     resumed, watching = watched(base, parent, **params)
     resumed.restore(job.checkpoint())
     for each, seen in ((job, algorithm), (resumed, watching)):
-        assert update(each, batch, []).kl_coef == pytest.approx(expected, rel=1e-5)
+        assert update(each, batch, alternating_credit(batch)).kl_coef == pytest.approx(expected, rel=1e-5)
         assert seen.params["kl_coef"] == pytest.approx(expected, rel=1e-5)
     assert resumed.checkpoint() == job.checkpoint()
+
+
+def test_an_update_without_credit_changes_the_count_and_nothing_else(base: Path, parent: dict[str, bytes]) -> None:
+    job, _ = watched(base, parent, kl_coef=0.05, target_kl=1e-6, horizon=600.0)
+    batch = sample_batch(job, seed=4)
+    update(job, batch, with_returns(batch))
+    before, counted = read_tensors(job.checkpoint(), "test")
+    update(job, batch, [])
+    after, counts = read_tensors(job.checkpoint(), "test")
+    assert json.loads(counted.pop("counters")) == {**json.loads(counts.pop("counters")), "iteration": 1}
+    assert (job.iteration, counted) == (2, counts)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(x, after[name]) for name, x in before.items())
 
 
 @pytest.mark.parametrize(("loss", "words"), [(None, "has none"), (torch.nan, "is nan"), ("mean", "one for each")])

@@ -167,6 +167,15 @@ def test_without_credit_only_the_count_goes_on(base: Path, parent: dict[str, byt
     assert after.metrics["learning_rate"] == SHARED["learning_rate"]
 
 
+def test_tokens_that_the_model_does_not_have_are_refused(base: Path, parent: dict[str, bytes]) -> None:
+    batch, groups = batch_of(base, parent, seed=0)
+    (call, *_) = batch["p1-s2"].steps
+    assert isinstance(call, ModelCall)
+    other = {**batch, "p1-s2": Trajectory(steps=(msgspec.structs.replace(call, prompt_ids=pack_ids([7, 320])),))}
+    with pytest.raises(TrainError, match=r"p1-s2 has the token id 320"):
+        TrlGrpo().train(work(base, (other, groups), adapter=parent))
+
+
 def test_a_single_row_is_trained(base: Path, parent: dict[str, bytes]) -> None:
     params = {**SHARED, "mask_truncated_completions": True}
     batch, groups = batch_of(base, parent, seed=0)
@@ -189,6 +198,7 @@ def test_tokens_of_another_policy_are_refused(base: Path, parent: dict[str, byte
     [
         ({"num_mini_batches": 2}, "num_mini_batches = 1 only"),
         ({"entropy_coef": 0.1}, "entropy_coef = 0.0 only"),
+        ({"lora_dropout": 0.1}, "lora_dropout = 0.0 only"),
         ({"beta": 0.1, "kl_estimator": "k2"}, "kl_estimator = 'k3' only"),
         ({"clip_ratio_c": 3.0}, "clip_ratio_c = None only"),
     ],
