@@ -25,7 +25,7 @@ def main() -> None:
     given = {"home": arguments.home} if arguments.home else {}
     figures, notes = importlib.import_module(f"ops.bench.{arguments.bench}").run(**given)
     show(arguments.bench, figures, notes, as_json=arguments.json)
-    if any(note.startswith("FAIL") for note in notes):
+    if any(note.startswith(("FAIL", "UNDER")) for note in notes):
         sys.exit(1)
 
 

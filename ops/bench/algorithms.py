@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ class Arm:
     """What one run came to.
 
     Attributes:
-        before: reward of each dev item under the base model.
+        before: reward of each dev item under the base model, None where it has no score.
         after: under the trained adapter; empty where the job failed.
         kl: mean exact KL divergence in nats of the trained policy from the base model at the tokens of its dev answers.
         tokens: that the job sampled and trained from.
@@ -61,8 +62,8 @@ class Arm:
         failure: why there is no adapter.
     """
 
-    before: tuple[float, ...]
-    after: tuple[float, ...]
+    before: tuple[float | None, ...]
+    after: tuple[float | None, ...]
     kl: float
     tokens: int
     trajectories: int
@@ -99,18 +100,23 @@ def verdict(algorithm: str, arms: Sequence[Arm]) -> str:
         [x for a in arms for x in values] for values in ([a.before for a in arms], [a.after for a in arms])
     )
     test = paired_test(after, before, seed=0)
-    ok = test.p < ALPHA and float(np.mean(after)) > float(np.mean(before))
-    scores = "; ".join(f"{np.mean(a.before):.3f} -> {np.mean(a.after):.3f}" for a in arms)
+    ok = test.p < ALPHA and score(after) > score(before)
+    scores = "; ".join(f"{score(a.before):.3f} -> {score(a.after):.3f}" for a in arms)
     counted = f"p = {test.p:.2g} ({test.wins} better, {test.losses} worse)"
     return f"{'ok' if ok else 'FAIL'} {algorithm}: dev {scores}; {counted}"
+
+
+def score(rewards: Sequence[float | None]) -> float:
+    """The mean over all items; one without a score counts 0."""
+    return sum(r or 0.0 for r in rewards) / max(len(rewards), 1)
 
 
 def _figures(algorithm: str, arms: Sequence[Arm]) -> dict[str, Figure]:
     done = [a for a in arms if a.after]
     if not done:
         return {}
-    start, end = ([float(np.mean(x)) for x in values] for values in ([a.before for a in done], [a.after for a in done]))
-    ratio = float(np.mean(end)) / max(float(np.mean(start)), 1e-9)
+    start, end = [score(a.before) for a in done], [score(a.after) for a in done]
+    ratio = statistics.fmean(end) / max(statistics.fmean(start), 1e-9)
     return {
         f"{algorithm}: dev at the start": figure(start, "score"),
         f"{algorithm}: dev at the end": figure(end, "score", baseline="the start", ratio=ratio),
@@ -128,6 +134,7 @@ def settings(algorithm: str, seed: int) -> list[str]:
     samples = int(defaults["num_generations"])
     out = [
         f"seed={seed}",
+        f"task.split_seed={seed}",  # other dev items, so that the arms' pairs are independent
         f"policy.algorithm={algorithm}",
         "evaluation.train_samples=8",
         f"evaluation.train_groups={LANDSCAPE if on_policy else BUDGET // 8}",
@@ -178,13 +185,13 @@ def _split(trajectory: str) -> str:
     return "job" if part.startswith("i") else part
 
 
-def _rewards(events: Sequence[Recorded], evaluation: str) -> tuple[float, ...]:
+def _rewards(events: Sequence[Recorded], evaluation: str) -> tuple[float | None, ...]:
     scored = {
         e.data.trajectory: e.data.verdict
         for e in events
         if isinstance(e.data, ev.TrajectoryScored) and e.data.trajectory.startswith(f"{evaluation}-")
     }
-    return tuple(v.reward if isinstance(v, Scored) else 0.0 for _, v in sorted(scored.items()))
+    return tuple(v.reward if isinstance(v, Scored) else None for _, v in sorted(scored.items()))
 
 
 async def _divergence(store: Store, run_name: str, events: Sequence[Recorded]) -> float:

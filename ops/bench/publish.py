@@ -22,6 +22,7 @@ from bascule.trainers.params import TrainParams
 from ops.bench.report import Figure, figure
 
 VERSIONS = 20
+TARGET = 300  # ms from publishing to the first answer, p50
 RANK = 16
 PROMPT = "A bascule is a balance with two"
 
@@ -78,7 +79,9 @@ async def _run(model_name: str, versions: int) -> tuple[dict[str, Figure], list[
         "PEFT load_adapter": figure(theirs[1:], "ms"),
     }
     size = sum(map(len, files.values())) / 2**20
+    p50 = statistics.median(totals)
     return figures, [
+        f"{'ok' if p50 <= TARGET else 'UNDER'}: p50 {p50:.0f} ms, at most {TARGET}",
         f"{versions} versions of rank {RANK} on all linear layers, {size:.1f} MiB each.",
         f"An answer is one greedy token; its log-probability is at most {worst:.1g} nats from PEFT's.",
         f"{info.model}, {', '.join(f'{k} {v}' for k, v in info.versions.items())}.",

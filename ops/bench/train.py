@@ -11,7 +11,6 @@ import importlib.util
 import math
 import multiprocessing
 import os
-import resource
 import shutil
 import statistics
 import sys
@@ -162,8 +161,8 @@ def _note(
     return (
         f"{'FAIL' if over else 'UNDER' if under else 'ok'} {setting.name}: {ratio:.2f} times TRL ({target}), "
         f"{plain:.2f} times TRL with gradient_checkpointing=False; loss within {parity[0]:.1e} ({LOSS_BOUND:g}), "
-        f"gradient within {parity[1]:.1e} ({GRADIENT_BOUND:g}), in float32 {rounding[0]:.1e} and TRL's {rounding[1]:.1e}; "
-        f"{memory[0]:.2f} GiB, TRL {memory[1]:.2f} and {memory[2]:.2f}"
+        f"gradient within {parity[1]:.1e} ({GRADIENT_BOUND:g}); in float32 {rounding[0]:.1e} from it, TRL's "
+        f"{rounding[1]:.1e}; {memory[0]:.2f} GiB, TRL {memory[1]:.2f} and {memory[2]:.2f}"
     )
 
 
@@ -268,8 +267,9 @@ def _in_turns(given: tuple[Path, Path, Batch], sides: Sequence[Callable[..., Non
 
 
 def _peak() -> float:
-    """GiB that this process has held at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """GiB that this process has held at most; unlike ru_maxrss it does not begin with its parent's."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
 
 
 def _ours_in_float64(pipe: Connection, base: Path, parent: Path, batch: Batch, steps: int) -> None:
@@ -366,6 +366,17 @@ def _trl(
 
         def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
             return dict(tensors)
+
+        def _get_per_token_logps_and_entropies(
+            self, model: Any, ids: Any, mask: Any, keep: int, *a: Any, **k: Any
+        ) -> Any:
+            if not double:
+                return super()._get_per_token_logps_and_entropies(model, ids, mask, keep, *a, **k)
+            # TRL's head computes in float32 whatever the model does; the loss on top of it is TRL's.
+            logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=keep + 1).logits[:, :-1]
+            logprobs = logits.log_softmax(-1)
+            entropy = -(logprobs.exp() * logprobs).sum(-1).detach()
+            return logprobs.gather(-1, ids[:, -keep:, None])[..., 0], entropy, None
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(*args, **kwargs)

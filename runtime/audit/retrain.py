@@ -1,7 +1,7 @@
 """Train again what a run trained: the same updates from the logged trajectories, compared with what was recorded.
 
-Nothing is written. For the same inputs, thread count, number of processes and versions the adapters are the same, byte
-for byte.
+Nothing is written. For the same inputs, thread count, number of processes, size of micro-batches and versions the
+adapters are the same, byte for byte.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from bascule.runtime.services.trainer import (
     Backend,
     Records,
     adapter_name,
+    blamed_on,
     data_digest,
     groups_of,
     load_trajectories,
     refuse_infeasible,
+    refuse_unmoved,
 )
 from bascule.runtime.state import Evaluation, RunState
 from bascule.schemas import events as ev
@@ -45,6 +47,10 @@ _FOLDED = (
     ev.TrajectoryScored,
     ev.EvaluationCompleted,
 )
+
+
+#: Among the metrics of an update: the size of its micro-batches, which a lack of memory halves.
+MAX_NODES = "max_nodes"
 
 
 @dataclass(frozen=True)
@@ -174,7 +180,8 @@ class Retraining(msgspec.Struct, frozen=True, kw_only=True):
     """A training job, made again.
 
     Attributes:
-        differing: what computed it then and computes now, by name, where they are not the same.
+        differing: what computed it then and computes now, by name, where they are not the same; ``max_nodes`` among
+            them, if memory ran out then or now so that smaller micro-batches were computed.
         iterations: as far as the log holds what they are trained from.
         failed: why it failed, as it is recorded to have.
         same: whether every adapter is the recorded one; None if there is none to compare with.
@@ -200,6 +207,11 @@ class Retraining(msgspec.Struct, frozen=True, kw_only=True):
     def same_processes(self) -> bool:
         """Whether every update was computed by as many processes as it was when it was recorded."""
         return all(i.processes == i.recorded_processes for i in self.iterations)
+
+    @property
+    def same_nodes(self) -> bool:
+        """Whether every update was computed in micro-batches of the size with which it was recorded."""
+        return MAX_NODES not in self.differing
 
 
 async def retrain(
@@ -251,10 +263,17 @@ async def retrain(
             used = await loop.run_in_executor(pool, backend.threads, threads or job.threads(iteration))
             try:
                 trajectories, groups = await _batch(records, evaluation, checkpoint)
-                if opened is None:
-                    refuse_infeasible(trainer, groups)
-                    opened = await loop.run_in_executor(pool, backend.open, job.started, trainer, request, parent, None)
-                update = await loop.run_in_executor(pool, opened.update, groups, trajectories, iteration, _silent)
+                # What an earlier code has let pass is made again as it was.
+                first = iteration == 0 and checkpoint is None
+                with blamed_on(trainer):
+                    if first:
+                        refuse_infeasible(trainer, request, groups)
+                    if opened is None:
+                        arguments = (job.started, trainer, request, parent, None)
+                        opened = await loop.run_in_executor(pool, backend.open, *arguments)
+                    update = await loop.run_in_executor(pool, opened.update, groups, trajectories, iteration, _silent)
+                if first:
+                    refuse_unmoved(trainer, groups, update)
             except TrainError as error:
                 if other or checkpoint is not None or job.failed is None or str(error) != job.failed.reason:
                     raise
@@ -281,7 +300,7 @@ async def retrain(
         generation=request.generation,
         algorithm=request.algorithm,
         recorded_algorithm=job.request.algorithm,
-        differing={} if other else _differing(job, trainer, backend),
+        differing={} if other else _differing(job, trainer, backend) | _nodes(job, done),
         iterations=tuple(done),
         failed=failed,
         same=same,
@@ -328,6 +347,16 @@ def _differing(job: TrainingJob, algorithm: Algorithm, backend: Backend) -> dict
     now |= {algorithm.name: algorithm.version, "the code of bascule": code_hash()[:12]}
     names = [name for name in then if name != PROCESSES]
     return {name: (then[name], now[name]) for name in names if now.get(name, then[name]) != then[name]}
+
+
+def _nodes(job: TrainingJob, done: list[Iteration]) -> dict[str, tuple[str, str]]:
+    """The sizes of the micro-batches of the first update for which they were others than now, where both are known."""
+    for iteration in done:
+        checkpoint = job.checkpoints.get(iteration.iteration)
+        then, now = (m.get(MAX_NODES) for m in (checkpoint.metrics if checkpoint else {}, iteration.metrics))
+        if then is not None and now is not None and then != now:
+            return {MAX_NODES: (f"{then:.0f}", f"{now:.0f}")}
+    return {}
 
 
 def _processes(versions: Mapping[str, str]) -> int:

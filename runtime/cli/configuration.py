@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,10 @@ def preflight(config: RunConfig, loaded: Plugins) -> RunStarted:
     if config.engine.name == "transformers" or "weights" in config.levers:
         from bascule.trainers.base_model import model_digest, resolve_model
 
-        digest = model_digest(resolve_model(config.model))
+        folder = resolve_model(config.model)
+        digest = model_digest(folder)
+        if "weights" in config.levers:
+            check_training(world, folder)
     return RunStarted(
         config=config,
         task_version=public.version,
@@ -97,6 +101,52 @@ def preflight(config: RunConfig, loaded: Plugins) -> RunStarted:
         model_digest=digest,
         plugins=world.pins(),
     )
+
+
+def check_training(world: World, folder: Path) -> None:
+    """Refuse training that the base model or what is installed does not allow.
+
+    The embedded base model allows whatever does not name its parts, and is not looked at then: imports take seconds.
+
+    Args:
+        folder: of the base model; its configuration is read and no weights.
+
+    Raises:
+        ConfigError: TRL is asked for and not there, the trainer cannot compute the model, or the model lacks a target
+            of an algorithm's adapter.
+    """
+    if world.config.policy.params.get("algorithm") == "trl-grpo" and find_spec("trl") is None:
+        raise ConfigError(
+            "The policy is told to use trl-grpo, and TRL is not installed.",
+            next_step='Install it with pip install "bascule[trl]", or choose the algorithm grpo.',
+        )
+    from bascule.trainers.base_model import DEFAULT_MODEL, IMPORTS
+
+    asked = {info.name: train_params(info.params) for info in world.algorithms}
+    named = any(p.lora_target_modules is not None or p.lora_target_parameters for p in asked.values())
+    if world.config.model == DEFAULT_MODEL and not named:
+        return
+    import torch
+
+    from bascule.trainers.forward import check_base
+    from bascule.trainers.lora import targets
+
+    with IMPORTS:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    build: Any = AutoModelForCausalLM.from_config
+    try:
+        with torch.device("meta"):
+            base = build(AutoConfig.from_pretrained(folder, local_files_only=True))
+    except (OSError, ValueError, KeyError, RuntimeError) as e:
+        raise ConfigError(
+            f"The model in {folder} cannot be built: {e}.", next_step="Name a causal language model."
+        ) from e
+    check_base(base)
+    for name, params in asked.items():
+        try:
+            targets(base, params)
+        except ConfigError as e:
+            raise ConfigError(f"The algorithm {name}: {e.message}", next_step=e.next_step) from e
 
 
 def check_splits(world: World) -> None:

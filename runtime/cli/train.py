@@ -36,7 +36,8 @@ async def train(
 ) -> int:
     """Train again from the logged trajectories and compare the adapters; writes nothing.
 
-    Exit 1 if they differ at the recorded numbers of threads and of processes. A launcher may start several processes.
+    Exit 1 if they differ at the recorded numbers of threads and of processes and size of micro-batches. A launcher may
+    start several processes.
     """
     from bascule.plugins.loader import plugins
     from bascule.runtime.audit.retrain import Kept, find_job, retrain
@@ -59,7 +60,7 @@ async def train(
         print_json(found)
     else:
         _show_result(found, console)
-    promised = found.same_threads and found.same_processes
+    promised = found.same_threads and found.same_processes and found.same_nodes
     return Exit.DIFFERS if found.same is False and promised else Exit.SAME
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
 
-from bascule.plugins.algorithm import Algorithm, Group, Sample, Turn
+from bascule.plugins.algorithm import Algorithm, Group, OwnTraining, Sample, Turn
 from bascule.runtime.log.blobs import Blobs
 from bascule.runtime.log.protocol import EventLog, Fence
 from bascule.runtime.log.telemetry import Line, step_subject
@@ -24,7 +25,7 @@ from bascule.runtime.world import World, seeded
 from bascule.schemas import subjects
 from bascule.schemas.codec import canonical
 from bascule.schemas.envelope import Draft, Recorded
-from bascule.schemas.errors import ConfigError, Conflict, Corrupt, NotFound, TrainError
+from bascule.schemas.errors import ConfigError, Conflict, Corrupt, LogError, NotFound, OutOfStep, TrainError
 from bascule.schemas.events import (
     AdapterCheckpointed,
     AdapterPublished,
@@ -40,12 +41,18 @@ from bascule.trainers.feasible import unmet
 
 if TYPE_CHECKING:
     from bascule.runtime.runner import View
-    from bascule.trainers.jobs import Job, Progress
+    from bascule.trainers.jobs import Job, Progress, Update
 
 NAME = "trainer"
 #: Among the versions of a start: how many processes computed, where they were several.
 PROCESSES = "processes"
 T = TypeVar("T")
+
+
+class OtherInstallation(ConfigError):
+    """This machine lacks what the run computes with: a person has to put it back, and no job is to blame."""
+
+    code = "bascule.config.other_installation"
 
 
 def adapter_name(generation: int, iteration: int) -> str:
@@ -222,7 +229,7 @@ class Trainer:
                 continue
             if self._generation != training.request.generation:
                 try:
-                    await self._start(view, training)
+                    await self._start(view, training, evaluation)
                 except Conflict as e:
                     # The job has moved on unseen, be it by an append of a process before this one that came in late.
                     # Whether it still wants an attempt shows once that is folded.
@@ -236,13 +243,22 @@ class Trainer:
                 self._lost.add(training.request.generation)
                 self._job = None
 
-    async def _start(self, view: View, training: Training) -> None:
-        request = training.request
-        attempt = training.attempts + 1
+    async def _start(self, view: View, training: Training, evaluation: Evaluation) -> None:
+        request, begun = training.request, view.state.started
+        assert begun is not None
+        await self._compute(self._backend.check, begun)
+        # What is fetched is as of this moment, and so is the fence: the fold moves on meanwhile.
+        attempt, iterations, head = training.attempts + 1, training.iterations, training.head
+        # Before the append, since a damaged blob stops the service, which must not leave an attempt behind each time.
+        self._begin, gone = (None, None), None
+        try:
+            self._begin = await _beginning(view, training)
+        except NotFound as e:
+            gone = e
         started = TrainStarted(
             generation=request.generation,
             attempt=attempt,
-            resumed_after=training.iterations,
+            resumed_after=iterations,
             threads=await self._compute(self._backend.threads, view.world.config.threads),
             versions=self._backend.versions(),
         )
@@ -253,19 +269,18 @@ class Trainer:
             cause=training.request_id,
             attempt=attempt,
         )
-        recorded = await view.append(NAME, [draft], fence=self._fence(view, request.generation, training.head))
+        recorded = await view.append(NAME, [draft], fence=self._fence(view, request.generation, head))
         if recorded[0].duplicate:
             raise Conflict(f"The training job of generation {request.generation} was started by another trainer.")
         self._attempt, self._head = attempt, recorded[0].seq
-        # Now, since the blobs of a checkpoint go once another attempt has made the next one.
-        get = view.blobs.get
-        state = await get(training.last.state) if training.last else None
-        parent = None
-        if request.adapter is not None:
-            refs = view.state.adapters[request.adapter].files
-            parent = {name: await get(ref) for name, ref in refs.items()}
-        self._job, self._begin = None, (parent, state)
+        self._job = None
         self._generation = request.generation
+        if gone is not None:  # and no other attempt has moved on, or the append would have been refused
+            lost = TrainError(
+                f"The training job of generation {request.generation} cannot begin from what is kept: {gone.message}",
+                next_step=gone.next_step,
+            )
+            await self._fail(view, training, evaluation, lost)
 
     async def _compute(self, work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
@@ -280,22 +295,27 @@ class Trainer:
         algorithm = view.world.algorithm(request.algorithm)
         try:
             trajectories = await load_trajectories(view, evaluation)
-            groups = groups_of(evaluation, trajectories)
+            with blamed_on(algorithm):
+                groups = groups_of(evaluation, trajectories)
+                if iteration == 0:
+                    # A later batch may say nothing, as when all its rewards are equal, and the one after it something.
+                    await self._compute(refuse_infeasible, algorithm, request, groups)
+                if self._job is None:
+                    self._job = await self._compute(self._backend.open, begun, algorithm, request, *self._begin)
+                    self._begin = (None, None)
+                if training.attempts > self._attempt:
+                    raise Conflict(
+                        f"The training job of generation {request.generation} was taken over by another trainer."
+                    )
+                view.logger.info("update.started", generation=request.generation, iteration=iteration)
+                started = view.clock()
+                tell = _telling(view, request.generation, self._attempt, iteration)
+                update = await self._compute(self._job.update, groups, trajectories, iteration, tell)
             if iteration == 0:
-                # A later batch may say nothing, as when all its rewards are equal, and the one after it something.
-                refuse_infeasible(algorithm, groups)
-            if self._job is None:
-                self._job = await self._compute(self._backend.open, begun, algorithm, request, *self._begin)
-                self._begin = (None, None)
-            if training.attempts > self._attempt:
-                raise Conflict(
-                    f"The training job of generation {request.generation} was taken over by another trainer."
-                )
-            view.logger.info("update.started", generation=request.generation, iteration=iteration)
-            started = view.clock()
-            tell = _telling(view, request.generation, self._attempt, iteration)
-            update = await self._compute(self._job.update, groups, trajectories, iteration, tell)
+                refuse_unmoved(algorithm, groups, update)
         except TrainError as e:
+            if e.__cause__ is not None:
+                view.logger.error("update.failed", generation=request.generation, iteration=iteration, exc_info=e)
             await self._fail(view, training, evaluation, e)
             return
         put = view.blobs.put
@@ -350,6 +370,19 @@ class Trainer:
         await view.until(lambda s: s.seq >= self._head)
 
 
+async def _beginning(view: View, training: Training) -> tuple[dict[str, bytes] | None, bytes | None]:
+    """The files of the adapter that a job continues from, and its last checkpoint; None where it has none.
+
+    Raises:
+        NotFound: one of them is not there any more.
+        Corrupt: one of them is not what was recorded.
+    """
+    get, adapter = view.blobs.get, training.request.adapter
+    refs = view.state.adapters[adapter].files if adapter is not None else None
+    state = await get(training.last.state) if training.last else None
+    return None if refs is None else {name: await get(ref) for name, ref in refs.items()}, state
+
+
 def _telling(view: View, generation: int, attempt: int, iteration: int) -> Progress:
     """What the thread that computes calls with the figures of each optimiser step; it does not wait for them to go."""
     loop = asyncio.get_running_loop()
@@ -365,6 +398,14 @@ def _telling(view: View, generation: int, attempt: int, iteration: int) -> Progr
 
 class Backend(Protocol):
     """What computes updates."""
+
+    def check(self, started: RunStarted) -> None:
+        """Look for what the run computes with, before an attempt is recorded.
+
+        Raises:
+            OtherInstallation: it is not here.
+        """
+        ...
 
     def threads(self, wanted: int) -> int:
         """Set the compute threads of the calling thread, 0 for the default; how many there are."""
@@ -388,6 +429,9 @@ class Backend(Protocol):
 
 class TorchBackend:
     """Updates with torch, which is imported when they begin; by all processes where this is the first of several."""
+
+    def check(self, started: RunStarted) -> None:
+        _base_folder(started)
 
     def threads(self, wanted: int) -> int:
         import torch
@@ -439,13 +483,16 @@ def _installed(name: str, version: str) -> Algorithm:
     """The algorithm that the first process computes with.
 
     Raises:
-        ConfigError: there is none, or only another version.
+        OtherInstallation: there is none, or only another version.
     """
     from bascule.plugins.loader import plugins
 
-    found = plugins().registry.algorithms.get(name, version)
+    try:
+        found = plugins().registry.algorithms.get(name, version)
+    except ConfigError as e:
+        raise OtherInstallation(e.message, next_step=e.next_step) from e
     if found.version != version:
-        raise ConfigError(
+        raise OtherInstallation(
             f"One process computes with {name} {version}, another has {found.version}.",
             next_step="Install the same plugins on every machine of the launch.",
         )
@@ -471,15 +518,18 @@ def _base_folder(started: RunStarted) -> Path:
     """Of the run's base model.
 
     Raises:
-        ConfigError: there is none, or it is another one.
+        OtherInstallation: there is none, or it is another one.
     """
     from bascule.trainers.base_model import model_digest, resolve_model
 
     model = started.config.model
-    folder = resolve_model(model)
+    try:
+        folder = resolve_model(model)
+    except ConfigError as e:
+        raise OtherInstallation(e.message, next_step=e.next_step) from e
     digest = model_digest(folder)
     if started.model_digest not in ("", digest):
-        raise ConfigError(
+        raise OtherInstallation(
             f"The model {model!r} is not the one that the run started with (digest {digest}, recorded "
             f"{started.model_digest}).",
             next_step="Put the recorded model back; a run keeps its model.",
@@ -487,21 +537,77 @@ def _base_folder(started: RunStarted) -> Path:
     return folder
 
 
-def refuse_infeasible(algorithm: Algorithm, groups: Sequence[Group]) -> None:
-    """Refuse data that do not meet what the algorithm requires, before anything is computed.
+def refuse_infeasible(algorithm: Algorithm, request: TrainRequested, groups: Sequence[Group]) -> None:
+    """Refuse a job whose first data do not meet what the algorithm requires, before anything is computed.
 
     Raises:
-        TrainError: says which requirement failed on which data.
+        TrainError: says which requirement failed on which data; or the algorithm gives no sampled token credit, as far
+            as it can say so without a model; or the job would train from the same logged data again and again.
     """
+    if request.logged is not None and request.iterations > 1:
+        raise TrainError(
+            f"{request.iterations} iterations are asked for on the logged samples of {request.logged}, which would be "
+            "the same ones each time.",
+            next_step="Ask for one iteration, with more num_iterations to pass over the samples again.",
+        )
     reasons = unmet(algorithm.requires, groups)
     if reasons:
-        samples = [s for g in groups for s in g.samples]
-        scored = [s for s in samples if s.reward is not None]
+        raise _infeasible(algorithm, groups, ". ".join(reasons))
+    if algorithm.streams or isinstance(algorithm, OwnTraining):
+        return
+    tokens = {s.trajectory: s.tokens for g in groups for s in g.samples}
+    trained = [{c.trajectory, c.rejected} - {None} for c in algorithm.credit(groups, request.params)]
+    if not any(all(tokens.get(t or "", 0) for t in unit) for unit in trained):
+        raise _infeasible(algorithm, groups, _NO_CREDIT)
+
+
+def refuse_unmoved(algorithm: Algorithm, groups: Sequence[Group], update: Update) -> None:
+    """Refuse the adapter of a job's first update if that took no optimiser step, and so has changed nothing.
+
+    Raises:
+        TrainError: it took none.
+    """
+    if 0 in (update.metrics.get("optimizer_steps"), update.metrics.get("trained_tokens")):
+        raise _infeasible(algorithm, groups, _NO_CREDIT)
+
+
+_NO_CREDIT = "No sample got credit"
+
+
+def _infeasible(algorithm: Algorithm, groups: Sequence[Group], why: str) -> TrainError:
+    samples = [s for g in groups for s in g.samples]
+    scored = [s for s in samples if s.reward is not None]
+    return TrainError(
+        f"The algorithm {algorithm.name} cannot train from these data. {why}.",
+        next_step="Choose another algorithm, or other samples.",
+        figures={"groups": len(groups), "samples": len(samples), "scored": len(scored)},
+    )
+
+
+@contextmanager
+def blamed_on(algorithm: Algorithm) -> Iterator[None]:
+    """Let whatever goes wrong in opening or updating a job fail the job, and not the service.
+
+    Raises:
+        TrainError: names the algorithm, and an error that is none of ours by its type.
+        LogError: as it is; nothing is wrong with the job.
+        OutOfStep: as it is.
+        OtherInstallation: as it is.
+    """
+    try:
+        yield
+    except (TrainError, LogError, OutOfStep, OtherInstallation):
+        raise
+    except Exception as e:
         raise TrainError(
-            f"The algorithm {algorithm.name} cannot train from these data. {'. '.join(reasons)}.",
-            next_step="Choose another algorithm, or other samples.",
-            figures={"groups": len(groups), "samples": len(samples), "scored": len(scored)},
-        )
+            f"The algorithm {algorithm.name} {algorithm.version} failed with {type(e).__name__}: {_text(e)}.",
+            next_step="The trainer's own log has the traceback.",
+        ) from e
+
+
+def _text(error: Exception) -> str:
+    """What an error says, as far as it is recorded."""
+    return str(error)[:2000].rstrip(".")
 
 
 def _finite(figures: Mapping[str, float]) -> dict[str, float]:

@@ -15,9 +15,10 @@ from bascule.runtime.runner import View
 from bascule.schemas import events as ev
 from bascule.schemas.errors import Corrupt, NotFound, TrainError
 from bascule.schemas.trajectory import Note, Scored, Trajectory, Unscored
-from tests.runtime.training import ONE, RUN, WIN, Backend, asked, outcome
+from tests.runtime.training import ONE, RUN, WIN, Backend, asked, call, outcome, output
 
 LOSE = Scored(reward=0.0, passed=False)
+OTHER = Trajectory(steps=(call(output(9)),))
 
 
 @pytest.fixture
@@ -30,10 +31,10 @@ async def again(view: View, backend: Backend, what: str = "1", **values: Any) ->
     return await retrain(job, view, plugins().registry, backend, **values)
 
 
-async def trained(view: View, *, blobs: bool = False) -> list[ev.BlobRef]:
+async def trained(view: View, *, blobs: bool = False, backend: Backend | None = None) -> list[ev.BlobRef]:
     """A job that has made its one update."""
-    refs = await asked(view, [(ONE, WIN), (ONE, LOSE)], blobs=blobs)
-    assert isinstance(await outcome(view, Backend(), "checkpointed-i000"), ev.AdapterCheckpointed)
+    refs = await asked(view, [(ONE, WIN), (OTHER, LOSE)], blobs=blobs)
+    assert isinstance(await outcome(view, backend or Backend(), "checkpointed-i000"), ev.AdapterCheckpointed)
     return refs
 
 
@@ -69,6 +70,19 @@ async def test_without_the_recorded_adapter_the_difference_is_still_found(view: 
 async def test_what_computes_otherwise_now_is_named(view: View) -> None:
     await trained(view)
     assert (await again(view, Backend(version="2"))).differing == {"torch": ("1", "2")}
+
+
+async def test_smaller_micro_batches_after_memory_ran_out_are_named_as_what_differs(view: View) -> None:
+    await trained(view, backend=Backend(metrics={"max_nodes": 1024.0}))
+    assert (await again(view, Backend(metrics={"max_nodes": 1024.0}))).same_nodes
+    found = await again(view, Backend(metrics={"max_nodes": 2048.0}))
+    assert (found.differing, found.same_nodes) == ({"max_nodes": ("1024", "2048")}, False)
+
+
+async def test_an_update_that_is_recorded_is_made_again_even_if_it_took_no_step(view: View) -> None:
+    """Earlier code has let it pass."""
+    await trained(view)
+    assert (await again(view, Backend(metrics={"optimizer_steps": 0.0}))).same
 
 
 async def test_other_trajectories_than_those_that_were_trained_from_are_refused(view: View) -> None:
@@ -113,6 +127,14 @@ async def test_a_job_that_failed_fails_as_it_is_recorded_to(view: View) -> None:
     assert (found.failed, found.iterations, found.same) == (failed.reason, (), None)
     with pytest.raises(TrainError, match="something else"):
         await again(view, Backend(updates="It is something else."))
+
+
+async def test_a_job_that_failed_by_accident_fails_as_it_is_recorded_to(view: View) -> None:
+    version = plugins().registry.algorithms.get("best_of_n").version
+    await asked(view, [(ONE, WIN)], algorithm_version=version)
+    failed = await outcome(view, Backend(updates=IndexError("out of range")))
+    assert isinstance(failed, ev.TrainFailed)
+    assert (await again(view, Backend(updates=IndexError("out of range")))).failed == failed.reason
 
 
 async def test_a_job_that_was_refused_is_refused_again(view: View) -> None:

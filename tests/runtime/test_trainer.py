@@ -20,10 +20,15 @@ from bascule.schemas import events as ev
 from bascule.schemas import subjects
 from bascule.schemas.decision import LeverDecision
 from bascule.schemas.envelope import Draft
-from bascule.schemas.errors import ConfigError, Corrupt
+from bascule.schemas.errors import ConfigError, Corrupt, LogUnavailable, OutOfStep
+from bascule.schemas.landscape import Measured
 from bascule.schemas.run import PluginChoice, RunConfig
 from bascule.schemas.trajectory import Note, Scored, Trajectory, Unscored, pack_floats
-from tests.runtime.training import ONE, RUN, WIN, Backend, asked, call, group, outcome, output, recorded
+from bascule.trainers.base_model import model_digest
+from tests.runtime.training import NAME, ONE, RUN, WIN, Backend, asked, call, group, outcome, output, recorded
+from tests.tiny_model import make_tiny_model
+
+VERSION = plugins().registry.algorithms.get("best_of_n").version
 
 
 @pytest.fixture
@@ -37,6 +42,156 @@ async def test_a_job_that_does_not_open_fails_once_instead_of_starting_for_ever(
     assert isinstance(failed, ev.TrainFailed)
     assert "another rank" in failed.reason
     assert await recorded(view, ev.TrainStarted) == 1
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("g00-train-0000-n0"), ConfigError("no such target"), MemoryError("no room"), OSError("gone")]
+)
+@pytest.mark.parametrize("where", ["opens", "updates"])
+async def test_whatever_goes_wrong_in_a_job_fails_it_by_name_and_not_the_service(
+    view: View, error: Exception, where: str
+) -> None:
+    await asked(view, [(ONE, WIN)])
+    failed = await outcome(view, Backend(**{where: error}))  # type: ignore[arg-type]
+    assert isinstance(failed, ev.TrainFailed)
+    assert f"best_of_n {VERSION} failed with {type(error).__name__}: {error}." in failed.reason
+    assert await recorded(view, ev.TrainStarted) == 1
+
+
+async def test_an_algorithm_that_cannot_read_its_parameters_fails_its_job(view: View) -> None:
+    await asked(view, [(ONE, WIN)], params={"keep": "many"})
+    failed = await outcome(view, Backend())
+    assert isinstance(failed, ev.TrainFailed)
+    assert f"best_of_n {VERSION} failed with ConfigError" in failed.reason
+
+
+@pytest.mark.parametrize("error", [Corrupt("altered"), LogUnavailable("away"), OutOfStep("another ended")])
+async def test_what_no_job_is_to_blame_for_stops_the_service(view: View, error: Exception) -> None:
+    await asked(view, [(ONE, WIN)])
+    with pytest.raises(type(error)):
+        await outcome(view, Backend(updates=error))
+    assert await recorded(view, ev.TrainFailed) == 0
+
+
+async def test_another_base_model_stops_the_service_before_an_attempt_is_recorded(view: View) -> None:
+    await asked(view, [(ONE, WIN)])
+    with pytest.raises(ConfigError, match="not the one that the run started with"):
+        await outcome(view, Backend(lacks="The model is not the one that the run started with."))
+    assert await recorded(view, ev.TrainStarted) == await recorded(view, ev.TrainFailed) == 0
+
+
+def test_the_base_model_is_held_against_the_one_that_is_recorded(view: View, tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "model")
+    started = ev.RunStarted(
+        config=RunConfig(task=PluginChoice(name="arith"), model=str(folder)), task_version="1", task_digest="",
+        train=1, dev=1, sealed=1, model_digest=model_digest(folder), plugins=(),
+    )  # fmt: skip
+    backend = trainer.TorchBackend()
+    backend.check(started)
+    for wrong in (
+        msgspec.structs.replace(started, model_digest="0" * 64),
+        msgspec.structs.replace(started, config=msgspec.structs.replace(started.config, model=str(tmp_path / "gone"))),
+    ):
+        with pytest.raises(trainer.OtherInstallation):
+            backend.check(wrong)
+
+
+CUT = Trajectory(steps=(call(output(9, finish_reason="length")),))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "samples"),
+    [
+        ("dpo", [(CUT, WIN), (CUT, Scored(reward=0.0, passed=False))]),
+        ("best_of_n", [(Trajectory(answer="x"), WIN), (ONE, Scored(reward=0.0, passed=False))]),
+    ],
+)
+async def test_a_job_whose_first_samples_get_no_credit_fails_before_a_model_is_opened(
+    view: View, algorithm: str, samples: list[tuple[Trajectory, Scored]]
+) -> None:
+    await asked(view, samples, algorithm=algorithm)
+    backend = Backend()
+    failed = await outcome(view, backend)
+    assert isinstance(failed, ev.TrainFailed)
+    assert f"The algorithm {algorithm} cannot train from these data. No sample got credit." in failed.reason
+    assert backend.opened == 0
+
+
+@pytest.mark.parametrize("figure", ["optimizer_steps", "trained_tokens"])
+async def test_an_update_without_a_step_fails_a_job_that_it_is_the_first_of(view: View, figure: str) -> None:
+    await asked(view, [(ONE, WIN)])
+    failed = await outcome(view, Backend(metrics={"optimizer_steps": 1.0, "trained_tokens": 2.0, figure: 0.0}))
+    assert isinstance(failed, ev.TrainFailed)
+    assert "No sample got credit" in failed.reason
+
+
+async def test_a_job_of_several_iterations_on_the_same_logged_samples_is_refused(view: View) -> None:
+    await asked(view, [(ONE, WIN)], iterations=2)
+    failed = await outcome(view, Backend())
+    assert isinstance(failed, ev.TrainFailed)
+    assert "2 iterations are asked for on the logged samples of g00-train" in failed.reason
+
+
+async def test_a_parent_adapter_that_is_gone_fails_the_job_by_name(view: View) -> None:
+    ref = await from_parent(view)
+    await view.blobs.discard(ref)
+    backend = Backend()
+    failed = await outcome(view, backend)
+    assert isinstance(failed, ev.TrainFailed)
+    assert "cannot begin from what is kept" in failed.reason
+    assert ref.sha256 in failed.reason
+    assert (backend.opened, failed.attempt) == (0, 1)
+
+
+async def test_an_altered_parent_adapter_stops_the_service_before_an_attempt_is_recorded(
+    view: View, tmp_path: Path
+) -> None:
+    ref = await from_parent(view)
+    (path,) = (tmp_path / "blobs").rglob(ref.sha256)
+    path.chmod(0o600)
+    path.write_bytes(b"?" * len(path.read_bytes()))
+    with pytest.raises(Corrupt):
+        await outcome(view, Backend())
+    assert await recorded(view, ev.TrainStarted) == 0
+
+
+@pytest.mark.parametrize("gone", [True, False])
+async def test_a_resumed_job_continues_from_its_checkpoint_or_fails_by_name_if_that_is_gone(
+    view: View, make_view: Callable[[MemoryLog], View], started_log: MemoryLog, gone: bool
+) -> None:
+    await group(view, "g01-i000", [(ONE, WIN)])
+    await asked(view, [(ONE, WIN)], iterations=2, logged=None)
+    checkpoint = await outcome(view, Backend(), "checkpointed-i000")
+    assert isinstance(checkpoint, ev.AdapterCheckpointed)
+    await group(view, "g01-i001", [(ONE, WIN)])
+    if gone:
+        await view.blobs.discard(checkpoint.state)
+    found = await outcome(make_view(started_log), Backend(), "outcome" if gone else "checkpointed-i001")
+    assert isinstance(found, ev.TrainFailed if gone else ev.AdapterCheckpointed)
+    assert found.attempt == 2
+
+
+async def from_parent(view: View) -> ev.BlobRef:
+    """Record a request to continue from a published adapter, whose blob it is."""
+    ref = await view.blobs.put(b"weights")
+    request = ev.TrainRequested(
+        generation=0, algorithm="best_of_n", algorithm_version="1", params={}, iterations=1, groups=1, samples=1,
+        temperature=1.0, parent=0, harness="h", logged=NAME,
+    )  # fmt: skip
+    files: dict[str, Any] = {"adapter": "g00-i000", "files": {"adapter.bin": ref}, "sha256": "a" * 64}
+    checkpoint = ev.AdapterCheckpointed(
+        generation=0, iteration=0, attempt=1, state=ref, data_digest="", metrics={}, measured=Measured(), **files
+    )
+    published = ev.AdapterPublished(generation=0, parent_adapter=None, iterations=1, **files)
+    drafts: list[tuple[str, str, ev.Data]] = [
+        ("feedback", subjects.train_requested(RUN, 0), request),
+        ("trainer", subjects.adapter_checkpointed(RUN, 0, 0), checkpoint),
+        ("trainer", subjects.train_outcome(RUN, 0), published),
+    ]
+    for service, subject, data in drafts:
+        await view.append(service, [Draft(subject=subject, step=0, data=data)])
+    await asked(view, [(ONE, WIN)], adapter="g00-i000")
+    return ref
 
 
 async def test_infeasible_data_are_refused_before_a_model_is_opened(view: View) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -48,7 +49,9 @@ ONE = Trajectory(steps=(call(output(7, 8)),))
 
 
 class Backend:
-    """Whose updates do nothing, or fail. Their adapter is one number: the trained samples, and the threads as noise.
+    """Whose updates do nothing, or fail: with an error of the job's, or with a given exception.
+
+    Their adapter is one number: the trained samples, and the threads as noise.
 
     Attributes:
         opened: how often a job was opened, ``asked`` what of it last.
@@ -56,13 +59,26 @@ class Backend:
         version: of what computes.
     """
 
-    def __init__(self, *, opens: str = "", updates: str = "", version: str = "1") -> None:
+    def __init__(
+        self,
+        *,
+        opens: str | Exception = "",
+        updates: str | Exception = "",
+        version: str = "1",
+        lacks: str = "",
+        metrics: Mapping[str, float] = MappingProxyType({"loss": 0.5}),
+    ) -> None:
         self.opened = 0
         self.asked: ev.TrainRequested | None = None
         self.groups: list[Group] = []
         self.version = version
-        self._opens, self._updates = opens, updates
+        self._opens, self._updates, self._lacks = opens, updates, lacks
+        self._metrics = dict(metrics)
         self._threads = 0
+
+    def check(self, started: Any) -> None:
+        if self._lacks:
+            raise trainer.OtherInstallation(self._lacks)
 
     def threads(self, wanted: int) -> int:
         self._threads = wanted or 1
@@ -76,17 +92,19 @@ class Backend:
         self.opened += 1
         self.asked = request
         if self._opens:
-            raise TrainError(self._opens)
+            raise self._opens if isinstance(self._opens, Exception) else TrainError(self._opens)
         return self
 
     def update(self, groups: Sequence[Group], trajectories: Any, iteration: int, progress: Any) -> Update:
         self.groups = list(groups)
+        if isinstance(self._updates, Exception):
+            raise self._updates
         if self._updates:
             raise TrainError(self._updates, figures={"kl": 0.75, "loss": float("nan")})
         progress({"loss": 0.5, "grad_norm": float("inf")})
         number = sum(len(g.samples) for g in groups) + self._threads / 8
         files = {WEIGHTS: write_tensors({"a": torch.tensor([number, 4.0])}, {})}
-        return Update(files, adapter_hash(files), b"state", {"loss": 0.5})
+        return Update(files, adapter_hash(files), b"state", dict(self._metrics))
 
 
 async def group(
@@ -126,10 +144,15 @@ async def asked(
 ) -> list[ev.BlobRef]:
     """Record a request to train from one logged group of these samples."""
     refs = await group(view, NAME, samples, blobs=blobs)
-    fields: dict[str, Any] = {"algorithm": "best_of_n", "iterations": 1, "logged": NAME, **values}
+    fields: dict[str, Any] = {
+        "algorithm": "best_of_n",
+        "iterations": 1,
+        "logged": NAME,
+        "algorithm_version": "1",
+        **values,
+    }
     request = ev.TrainRequested(
-        generation=1, algorithm_version="1", params={}, groups=1, samples=1, temperature=1.0, parent=0, harness="h",
-        **fields,
+        generation=1, groups=1, samples=1, temperature=1.0, parent=0, harness="h", **{"params": {}, **fields}
     )  # fmt: skip
     await view.append("feedback", [Draft(subject=subjects.train_requested(RUN, 1), step=1, data=request)])
     return refs

@@ -198,6 +198,9 @@ class Backend:
     def __init__(self, begin: Callable[[int, int], None]) -> None:
         self._begin = begin
 
+    def check(self, started: RunStarted) -> None:
+        pass
+
     def threads(self, wanted: int) -> int:
         return 1
 
