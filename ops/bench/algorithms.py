@@ -27,7 +27,7 @@ import torch
 from bascule.plugins.loader import plugins
 from bascule.runtime.cli import configuration, launch
 from bascule.runtime.cli.store import Store, open_store
-from bascule.runtime.services.trainer import load_trajectories
+from bascule.runtime.training.data import load_trajectories
 from bascule.schemas import events as ev
 from bascule.schemas.decision import Option
 from bascule.schemas.envelope import Recorded

@@ -23,8 +23,8 @@ from bascule.plugins.loader import plugins
 from bascule.runtime.cli import configuration, launch
 from bascule.runtime.cli.store import open_store
 from bascule.runtime.engines.transformers import make
-from bascule.runtime.services.trainer import groups_of, load_trajectories
 from bascule.runtime.state import Evaluation, RunState
+from bascule.runtime.training.data import groups_of, load_trajectories
 from bascule.schemas import events as ev
 from bascule.schemas.envelope import Recorded
 from bascule.schemas.trajectory import ModelCall, Trajectory, unpack_ids

@@ -19,19 +19,11 @@ from bascule.plugins.loader import code_hash
 from bascule.plugins.registry import Registry
 from bascule.runtime.log.blobs import Blobs
 from bascule.runtime.log.protocol import EventLog
-from bascule.runtime.services.trainer import (
-    PROCESSES,
-    Backend,
-    Records,
-    adapter_name,
-    blamed_on,
-    data_digest,
-    groups_of,
-    load_trajectories,
-    refuse_infeasible,
-    refuse_unmoved,
-)
+from bascule.runtime.services.trainer import adapter_name
 from bascule.runtime.state import Evaluation, RunState
+from bascule.runtime.training.backend import PROCESSES, Backend
+from bascule.runtime.training.data import Records, data_digest, groups_of, load_trajectories
+from bascule.runtime.training.refusals import blamed_on, refuse_infeasible, refuse_unmoved
 from bascule.schemas import events as ev
 from bascule.schemas.envelope import Recorded
 from bascule.schemas.errors import Corrupt, NotFound, TrainError

@@ -42,7 +42,7 @@ def led(command: Callable[..., None]) -> Callable[..., None]:
         if not _several():
             command(**given)
             return
-        from bascule.runtime.services.trainer import follow
+        from bascule.runtime.training.backend import follow
         from bascule.trainers.distributed import leading, ranks
 
         if ranks().rank > 0:

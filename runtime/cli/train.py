@@ -41,7 +41,7 @@ async def train(
     """
     from bascule.plugins.loader import plugins
     from bascule.runtime.audit.retrain import Kept, find_job, retrain
-    from bascule.runtime.services.trainer import TorchBackend
+    from bascule.runtime.training.backend import TorchBackend
 
     job = await find_job(run, store.read(run), request)
     console = make_console()

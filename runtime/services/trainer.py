@@ -3,56 +3,40 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from bascule.plugins.algorithm import Algorithm, Group, OwnTraining, Sample, Turn
-from bascule.runtime.log.blobs import Blobs
-from bascule.runtime.log.protocol import EventLog, Fence
+from bascule.runtime.log.protocol import Fence
 from bascule.runtime.log.telemetry import Line, step_subject
 from bascule.runtime.services import proposals
 from bascule.runtime.state import Evaluation, RunState, Training
+from bascule.runtime.training.backend import Backend, TorchBackend
+from bascule.runtime.training.data import data_digest, groups_of, load_trajectories, mean_reward
+from bascule.runtime.training.refusals import blamed_on, refuse_infeasible, refuse_unmoved
 from bascule.runtime.world import World, seeded
 from bascule.schemas import subjects
-from bascule.schemas.codec import canonical
 from bascule.schemas.envelope import Draft, Recorded
-from bascule.schemas.errors import ConfigError, Conflict, Corrupt, LogError, NotFound, OutOfStep, TrainError
+from bascule.schemas.errors import Conflict, NotFound, TrainError
 from bascule.schemas.events import (
     AdapterCheckpointed,
     AdapterPublished,
-    RunStarted,
     TrainFailed,
     TrainRequested,
     TrainStarted,
-    TrajectoryLogged,
 )
 from bascule.schemas.landscape import Measured
-from bascule.schemas.trajectory import ModelCall, Scored, Trajectory, unpack_floats, unpack_ids
-from bascule.trainers.feasible import unmet
 
 if TYPE_CHECKING:
     from bascule.runtime.runner import View
-    from bascule.trainers.jobs import Job, Progress, Update
+    from bascule.trainers.jobs import Job, Progress
 
 NAME = "trainer"
-#: Among the versions of a start: how many processes computed, where they were several.
-PROCESSES = "processes"
 T = TypeVar("T")
-
-
-class OtherInstallation(ConfigError):
-    """This machine lacks what the run computes with: a person has to put it back, and no job is to blame."""
-
-    code = "bascule.config.other_installation"
 
 
 def adapter_name(generation: int, iteration: int) -> str:
@@ -132,56 +116,6 @@ def _iteration(
         adapter=adapter,
         cause=cause,
     )
-
-
-def groups_of(evaluation: Evaluation, trajectories: Mapping[str, Trajectory]) -> list[Group]:
-    """The trajectories of an evaluation with their verdicts, by example, as credit assignment sees them.
-
-    Raises:
-        TrainError: a verdict has step rewards, and not one for each model call.
-    """
-    samples: dict[int, list[Sample]] = {}
-    for position, sample in sorted(evaluation.trajectories()):
-        name = subjects.trajectory_id(evaluation.request.evaluation, position, sample)
-        verdict = evaluation.verdicts[position, sample]
-        scored = verdict if isinstance(verdict, Scored) else None
-        turns = _turns(name, trajectories[name], scored.steps if scored else ())
-        samples.setdefault(position, []).append(
-            Sample(
-                trajectory=name,
-                reward=scored.reward if scored else None,
-                passed=scored.passed if scored else None,
-                tokens=sum(len(t.token_ids) for t in turns),
-                turns=turns,
-            )
-        )
-    examples = evaluation.examples
-    return [Group(example=examples[p], samples=tuple(s)) for p, s in samples.items()]
-
-
-def _turns(name: str, trajectory: Trajectory, rewards: Sequence[float]) -> tuple[Turn, ...]:
-    """The sampled outputs in the order of time; a call's step reward stands at its last output."""
-    calls = [s for s in trajectory.steps if isinstance(s, ModelCall)]
-    if rewards and len(rewards) != len(calls):
-        raise TrainError(
-            f"The verdict on the trajectory {name} has {len(rewards)} step rewards, and its episode made "
-            f"{len(calls)} model calls.",
-            next_step="The task's verifier is to give one for each call, or none.",
-        )
-    turns = []
-    for number, call in enumerate(calls):
-        for output in call.outputs:
-            ids, behaviour = unpack_ids(output.token_ids), unpack_floats(output.logprobs)
-            known = len(behaviour) == len(ids) and all(map(math.isfinite, behaviour))
-            turns.append(
-                Turn(
-                    token_ids=tuple(ids),
-                    behaviour=tuple(behaviour) if known else (),
-                    truncated=output.finish_reason == "length",
-                    reward=rewards[number] if rewards and output is call.outputs[-1] else None,
-                )
-            )
-    return tuple(turns)
 
 
 def next_evaluation(state: RunState, training: Training) -> Evaluation | None:
@@ -396,289 +330,6 @@ def _telling(view: View, generation: int, attempt: int, iteration: int) -> Progr
     return tell
 
 
-class Backend(Protocol):
-    """What computes updates."""
-
-    def check(self, started: RunStarted) -> None:
-        """Look for what the run computes with, before an attempt is recorded.
-
-        Raises:
-            OtherInstallation: it is not here.
-        """
-        ...
-
-    def threads(self, wanted: int) -> int:
-        """Set the compute threads of the calling thread, 0 for the default; how many there are."""
-        ...
-
-    def versions(self) -> dict[str, str]:
-        """What computes, by name; the device; how many processes, if they are several."""
-        ...
-
-    def open(
-        self,
-        started: RunStarted,
-        algorithm: Algorithm,
-        request: TrainRequested,
-        parent: Mapping[str, bytes] | None,
-        state: bytes | None,
-    ) -> Job:
-        """A job on the run's base model that continues from ``parent``, and from ``state`` if it was under way."""
-        ...
-
-
-class TorchBackend:
-    """Updates with torch, which is imported when they begin; by all processes where this is the first of several."""
-
-    def check(self, started: RunStarted) -> None:
-        _base_folder(started)
-
-    def threads(self, wanted: int) -> int:
-        import torch
-
-        if wanted:
-            torch.set_num_threads(wanted)
-        return torch.get_num_threads()
-
-    def versions(self) -> dict[str, str]:
-        import torch
-
-        from bascule.trainers.distributed import ranks
-
-        cuda = torch.cuda.is_available()
-        device = torch.cuda.get_device_name() if cuda else f"cpu {torch.backends.cpu.get_cpu_capability()}"
-        found = {name: version(name) for name in ("peft", "torch", "transformers")} | {"device": device}
-        return found if ranks().size == 1 else found | {PROCESSES: str(ranks().size)}
-
-    def open(
-        self,
-        started: RunStarted,
-        algorithm: Algorithm,
-        request: TrainRequested,
-        parent: Mapping[str, bytes] | None,
-        state: bytes | None,
-    ) -> Job:
-        from bascule.trainers.distributed import LedJob, ranks
-
-        if ranks().size == 1:
-            return _opened(lambda: algorithm, started, request, parent, state)
-        return LedJob(
-            lambda: _opened(lambda: algorithm, started, request, parent, state),
-            (algorithm.name, algorithm.version, started, request, parent, state),
-        )
-
-
-def follow() -> None:
-    """In a process that was launched beside the first: compute with it what it computes, until it is done.
-
-    Raises:
-        OutOfStep: a process ended by itself.
-    """
-    from bascule.trainers import distributed
-
-    distributed.follow(lambda name, version, *more: _opened(lambda: _installed(name, version), *more))
-
-
-def _installed(name: str, version: str) -> Algorithm:
-    """The algorithm that the first process computes with.
-
-    Raises:
-        OtherInstallation: there is none, or only another version.
-    """
-    from bascule.plugins.loader import plugins
-
-    try:
-        found = plugins().registry.algorithms.get(name, version)
-    except ConfigError as e:
-        raise OtherInstallation(e.message, next_step=e.next_step) from e
-    if found.version != version:
-        raise OtherInstallation(
-            f"One process computes with {name} {version}, another has {found.version}.",
-            next_step="Install the same plugins on every machine of the launch.",
-        )
-    return found
-
-
-def _opened(
-    algorithm: Callable[[], Algorithm],
-    started: RunStarted,
-    request: TrainRequested,
-    parent: Mapping[str, bytes] | None,
-    state: bytes | None,
-) -> Job:
-    from bascule.trainers.distributed import in_step
-    from bascule.trainers.jobs import open_job
-
-    # In step before they open, since opening may be a thing of all processes together.
-    found, folder = in_step(lambda: (algorithm(), _base_folder(started)))
-    return open_job(found, folder, request.params, request.seed, parent, state)
-
-
-def _base_folder(started: RunStarted) -> Path:
-    """Of the run's base model.
-
-    Raises:
-        OtherInstallation: there is none, or it is another one.
-    """
-    from bascule.trainers.base_model import model_digest, resolve_model
-
-    model = started.config.model
-    try:
-        folder = resolve_model(model)
-    except ConfigError as e:
-        raise OtherInstallation(e.message, next_step=e.next_step) from e
-    digest = model_digest(folder)
-    if started.model_digest not in ("", digest):
-        raise OtherInstallation(
-            f"The model {model!r} is not the one that the run started with (digest {digest}, recorded "
-            f"{started.model_digest}).",
-            next_step="Put the recorded model back; a run keeps its model.",
-        )
-    return folder
-
-
-def refuse_infeasible(algorithm: Algorithm, request: TrainRequested, groups: Sequence[Group]) -> None:
-    """Refuse a job whose first data do not meet what the algorithm requires, before anything is computed.
-
-    Raises:
-        TrainError: says which requirement failed on which data; or the algorithm gives no sampled token credit, as far
-            as it can say so without a model; or the job would train from the same logged data again and again.
-    """
-    if request.logged is not None and request.iterations > 1:
-        raise TrainError(
-            f"{request.iterations} iterations are asked for on the logged samples of {request.logged}, which would be "
-            "the same ones each time.",
-            next_step="Ask for one iteration, with more num_iterations to pass over the samples again.",
-        )
-    reasons = unmet(algorithm.requires, groups)
-    if reasons:
-        raise _infeasible(algorithm, groups, ". ".join(reasons))
-    if algorithm.streams or isinstance(algorithm, OwnTraining):
-        return
-    tokens = {s.trajectory: s.tokens for g in groups for s in g.samples}
-    trained = [{c.trajectory, c.rejected} - {None} for c in algorithm.credit(groups, request.params)]
-    if not any(all(tokens.get(t or "", 0) for t in unit) for unit in trained):
-        raise _infeasible(algorithm, groups, _NO_CREDIT)
-
-
-def refuse_unmoved(algorithm: Algorithm, groups: Sequence[Group], update: Update) -> None:
-    """Refuse the adapter of a job's first update if that took no optimiser step, and so has changed nothing.
-
-    Raises:
-        TrainError: it took none.
-    """
-    if 0 in (update.metrics.get("optimizer_steps"), update.metrics.get("trained_tokens")):
-        raise _infeasible(algorithm, groups, _NO_CREDIT)
-
-
-_NO_CREDIT = "No sample got credit"
-
-
-def _infeasible(algorithm: Algorithm, groups: Sequence[Group], why: str) -> TrainError:
-    samples = [s for g in groups for s in g.samples]
-    scored = [s for s in samples if s.reward is not None]
-    return TrainError(
-        f"The algorithm {algorithm.name} cannot train from these data. {why}.",
-        next_step="Choose another algorithm, or other samples.",
-        figures={"groups": len(groups), "samples": len(samples), "scored": len(scored)},
-    )
-
-
-@contextmanager
-def blamed_on(algorithm: Algorithm) -> Iterator[None]:
-    """Let whatever goes wrong in opening or updating a job fail the job, and not the service.
-
-    Raises:
-        TrainError: names the algorithm, and an error that is none of ours by its type.
-        LogError: as it is; nothing is wrong with the job.
-        OutOfStep: as it is.
-        OtherInstallation: as it is.
-    """
-    try:
-        yield
-    except (TrainError, LogError, OutOfStep, OtherInstallation):
-        raise
-    except Exception as e:
-        raise TrainError(
-            f"The algorithm {algorithm.name} {algorithm.version} failed with {type(e).__name__}: {_text(e)}.",
-            next_step="The trainer's own log has the traceback.",
-        ) from e
-
-
-def _text(error: Exception) -> str:
-    """What an error says, as far as it is recorded."""
-    return str(error)[:2000].rstrip(".")
-
-
 def _finite(figures: Mapping[str, float]) -> dict[str, float]:
     """Without what JSON cannot hold; the reason of a failure says in words that something was no number."""
     return {name: value for name, value in figures.items() if math.isfinite(value)}
-
-
-def mean_reward(evaluation: Evaluation) -> float:
-    """Of the scored trajectories; 0 if there is none."""
-    rewards = [v.reward for v in evaluation.verdicts.values() if isinstance(v, Scored)]
-    return sum(rewards) / len(rewards) if rewards else 0.0
-
-
-class Records(Protocol):
-    """A run's events and blobs."""
-
-    @property
-    def run(self) -> str: ...
-
-    @property
-    def log(self) -> EventLog: ...
-
-    @property
-    def blobs(self) -> Blobs: ...
-
-
-async def load_trajectories(records: Records, evaluation: Evaluation) -> dict[str, Trajectory]:
-    """The recorded trajectories of an evaluation, by id, from the log and its blobs.
-
-    Raises:
-        TrainError: one of them is not there any more.
-        Corrupt: one of them is not what was recorded.
-    """
-    name = evaluation.request.evaluation
-    found: dict[str, Trajectory] = {}
-
-    async def one(trajectory: str) -> None:
-        recorded = await records.log.get(subjects.trajectory_logged(records.run, trajectory))
-        if recorded is None or not isinstance(recorded.data, TrajectoryLogged):
-            raise TrainError(f"The trajectory {trajectory} is scored but not in the log.", next_step=_VERIFY)
-        found[trajectory] = await _body(records, recorded.data)
-
-    ids = [subjects.trajectory_id(name, *key) for key in evaluation.trajectories()]
-    for i in range(0, len(ids), 64):
-        await asyncio.gather(*(one(t) for t in ids[i : i + 64]))
-    return {t: found[t] for t in sorted(found)}
-
-
-async def _body(records: Records, logged: TrajectoryLogged) -> Trajectory:
-    """The steps of a logged trajectory, inline or from its blob."""
-    if logged.body is not None:
-        return logged.body
-    assert logged.blob is not None
-    try:
-        return msgspec.json.decode(await records.blobs.get(logged.blob), type=Trajectory)
-    except NotFound as e:
-        raise TrainError(f"The trajectory {logged.trajectory} is gone: {e.message}", next_step=e.next_step) from e
-    except Corrupt as e:
-        raise Corrupt(f"The trajectory {logged.trajectory} is altered: {e.message}", next_step=e.next_step) from e
-
-
-def data_digest(trajectories: Mapping[str, Trajectory]) -> str:
-    """Digest of what an update was trained from: ids and steps of the trajectories.
-
-    Adapters are left out: their names hold that of the run, and digests of runs are compared.
-    """
-    h = hashlib.blake2b(digest_size=16)
-    for name, trajectory in sorted(trajectories.items()):
-        steps = [msgspec.structs.replace(s, adapter=None) if isinstance(s, ModelCall) else s for s in trajectory.steps]
-        h.update(name.encode() + b"\0" + canonical(msgspec.structs.replace(trajectory, steps=tuple(steps))))
-    return h.hexdigest()
-
-
-_VERIFY = "`bascule verify RUN` says what else is missing."

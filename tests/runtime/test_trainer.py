@@ -15,6 +15,7 @@ from bascule.runtime.log.memory import MemoryLog
 from bascule.runtime.runner import View
 from bascule.runtime.services import feedback, trainer
 from bascule.runtime.state import RunState
+from bascule.runtime.training.backend import OtherInstallation, TorchBackend
 from bascule.runtime.world import World
 from bascule.schemas import events as ev
 from bascule.schemas import subjects
@@ -86,13 +87,13 @@ def test_the_base_model_is_held_against_the_one_that_is_recorded(view: View, tmp
         config=RunConfig(task=PluginChoice(name="arith"), model=str(folder)), task_version="1", task_digest="",
         train=1, dev=1, sealed=1, model_digest=model_digest(folder), plugins=(),
     )  # fmt: skip
-    backend = trainer.TorchBackend()
+    backend = TorchBackend()
     backend.check(started)
     for wrong in (
         msgspec.structs.replace(started, model_digest="0" * 64),
         msgspec.structs.replace(started, config=msgspec.structs.replace(started.config, model=str(tmp_path / "gone"))),
     ):
-        with pytest.raises(trainer.OtherInstallation):
+        with pytest.raises(OtherInstallation):
             backend.check(wrong)
 
 

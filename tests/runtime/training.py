@@ -13,6 +13,7 @@ import torch
 from bascule.plugins.algorithm import Group
 from bascule.runtime.runner import View
 from bascule.runtime.services import trainer
+from bascule.runtime.training.backend import OtherInstallation
 from bascule.schemas import events as ev
 from bascule.schemas import subjects
 from bascule.schemas.envelope import Draft
@@ -78,7 +79,7 @@ class Backend:
 
     def check(self, started: Any) -> None:
         if self._lacks:
-            raise trainer.OtherInstallation(self._lacks)
+            raise OtherInstallation(self._lacks)
 
     def threads(self, wanted: int) -> int:
         self._threads = wanted or 1
