@@ -13,6 +13,7 @@ from bascule.runtime.audit.retrain import Retraining, distance, find_job, retrai
 from bascule.runtime.log.memory import MemoryLog
 from bascule.runtime.runner import View
 from bascule.schemas import events as ev
+from bascule.schemas import subjects
 from bascule.schemas.errors import Corrupt, NotFound, TrainError
 from bascule.schemas.trajectory import Note, Scored, Trajectory, Unscored
 from tests.runtime.training import ONE, RUN, WIN, Backend, asked, call, outcome, output
@@ -38,7 +39,10 @@ async def trained(view: View, *, blobs: bool = False, backend: Backend | None = 
     return refs
 
 
-@pytest.mark.parametrize("what", ["1", "train.g01.requested", "bascule.small.train.g01.requested"])
+REQUESTED = "bascule.small.train.g01.requested"
+
+
+@pytest.mark.parametrize("what", ["1", "train.g01.requested", REQUESTED, subjects.event_id(REQUESTED)])
 async def test_equal_inputs_threads_and_versions_give_the_same_adapter(view: View, what: str) -> None:
     await trained(view)
     head = await view.log.head("bascule.>")
