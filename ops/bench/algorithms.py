@@ -36,7 +36,7 @@ from bascule.trainers.base_model import resolve_model
 from bascule.trainers.batch import micro_batches, probes
 from bascule.trainers.forward import hidden_states
 from bascule.trainers.loop import TrainJob
-from bascule.verifiers.gate import paired_test
+from bascule.verifiers.gate import paired_test, score
 from ops.bench.report import Figure, figure
 
 ALGORITHMS = ("ppo", "grpo", "entropic", "reinforce", "dpo", "best_of_n")
@@ -83,11 +83,14 @@ async def _run(home: Path) -> tuple[dict[str, Figure], list[str]]:
     figures: dict[str, Figure] = {}
     notes = [f"{BUDGET} train trajectories an arm; dev items of seeds {', '.join(map(str, SEEDS))} in one paired test"]
     async with open_store(home, exclusive=True) as store:
-        for algorithm in ALGORITHMS:
-            arms = [await _arm(store, algorithm, seed) for seed in SEEDS]
-            figures |= _figures(algorithm, arms)
-            notes.append(verdict(algorithm, arms))
-            print(notes[-1], file=sys.stderr, flush=True)
+        arms: dict[str, list[Arm]] = {algorithm: [] for algorithm in ALGORITHMS}
+        for seed in SEEDS:  # the first verdict on each algorithm comes after a third of the time
+            for algorithm, made in arms.items():
+                made.append(await _arm(store, algorithm, seed))
+                print(f"seed {seed}: {verdict(algorithm, made[-1:])}", file=sys.stderr, flush=True)
+    for algorithm, made in arms.items():
+        figures |= _figures(algorithm, made)
+        notes.append(verdict(algorithm, made))
     return figures, notes
 
 
@@ -96,19 +99,12 @@ def verdict(algorithm: str, arms: Sequence[Arm]) -> str:
     failures = [a.failure for a in arms if a.failure]
     if failures:
         return f"FAIL {algorithm}: {failures[0]}"
-    before, after = (
-        [x for a in arms for x in values] for values in ([a.before for a in arms], [a.after for a in arms])
-    )
+    before, after = [x for a in arms for x in a.before], [x for a in arms for x in a.after]
     test = paired_test(after, before, seed=0)
     ok = test.p < ALPHA and score(after) > score(before)
     scores = "; ".join(f"{score(a.before):.3f} -> {score(a.after):.3f}" for a in arms)
     counted = f"p = {test.p:.2g} ({test.wins} better, {test.losses} worse)"
     return f"{'ok' if ok else 'FAIL'} {algorithm}: dev {scores}; {counted}"
-
-
-def score(rewards: Sequence[float | None]) -> float:
-    """The mean over all items; one without a score counts 0."""
-    return sum(r or 0.0 for r in rewards) / max(len(rewards), 1)
 
 
 def _figures(algorithm: str, arms: Sequence[Arm]) -> dict[str, Figure]:
