@@ -2,7 +2,7 @@
 
 An algorithm is a pure function from scored groups to credit. What it needs of the data it declares in ``requires``,
 what it needs of the model in ``streams``. One whose loss is none of the loop's brings its own (:class:`OwnLoss`);
-one that trains by itself says so by being an :class:`OwnTraining`.
+one that trains by itself says so by being an :class:`OwnTraining`; :class:`OwnFigures` is for the record.
 """
 
 from __future__ import annotations
@@ -151,6 +151,15 @@ class OwnLoss(Protocol):
         The loop multiplies it by each token's share of the optimiser step, so the result does not depend on how the
         tokens are split.
         """
+        ...
+
+
+@runtime_checkable
+class OwnFigures(Protocol):
+    """What an algorithm whose credit has figures that are worth keeping has as well."""
+
+    def figures(self, groups: Sequence[Group], params: dict[str, Any]) -> dict[str, float]:
+        """Figures of the credit that the same groups get, by name; pure. They stand among the update's metrics."""
         ...
 
 

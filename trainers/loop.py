@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bascule.plugins.algorithm import Algorithm, Credit, Group
+from bascule.plugins.algorithm import Algorithm, Credit, Group, OwnFigures
 from bascule.schemas.errors import BasculeError, TrainError
 from bascule.schemas.trajectory import Trajectory
 from bascule.trainers.batch import WITH_RATIO, Unit, check_ids, split, units_of, weighed
@@ -62,6 +62,7 @@ class UpdateMetrics:
         max_nodes: of a micro-batch; smaller than asked for once memory ran out.
         optimizer_steps: taken in this update.
         seconds: wall time.
+        own: the algorithm's figures of its credit.
     """
 
     loss: float = 0.0
@@ -81,10 +82,12 @@ class UpdateMetrics:
     max_nodes: int = 0
     optimizer_steps: int = 0
     seconds: float = 0.0
+    own: Mapping[str, float] = field(default_factory=dict)
 
     def figures(self) -> dict[str, float]:
         """All of them by name."""
-        return {name: float(value) for name, value in asdict(self).items()}
+        given = asdict(self)
+        return {name: float(value) for name, value in {**given.pop("own"), **given}.items()}
 
 
 class TrainJob:
@@ -191,7 +194,7 @@ class TrainJob:
         check_ids(trajectories, vocabulary(self._learner.base))
         kl_coef = self._counters.kl_coef
         streams = streams_of(self.algorithm.streams, groups, trajectories, self._learner, self._passes)
-        credit = self._credit(with_streams(groups, streams), kl_coef)
+        credit, own = self._credit(with_streams(groups, streams), kl_coef)
         units = units_of(credit, trajectories)
         self._check_dropout(units)
         parts = split(units, self.params.num_mini_batches, _group_of(units, groups))
@@ -201,6 +204,7 @@ class TrainJob:
             kl_coef=kl_coef,
             explained_variance=explained_variance(credit, streams.values or {}),
             max_nodes=self._passes.max_nodes,
+            own=own,
         )
         for step in range(self.params.num_iterations * len(batches)):
             part, began = step % len(batches), time.perf_counter()
@@ -221,14 +225,16 @@ class TrainJob:
             seconds=time.perf_counter() - started,
         )
 
-    def _credit(self, groups: Sequence[Group], kl_coef: float) -> list[Credit]:
-        """What the algorithm gives.
+    def _credit(self, groups: Sequence[Group], kl_coef: float) -> tuple[list[Credit], dict[str, float]]:
+        """What the algorithm gives, and its own figures of that.
 
         Raises:
             TrainError: it fails.
         """
+        params = {**self._objective.given, "kl_coef": kl_coef}
         try:
-            return self.algorithm.credit(groups, {**self._objective.given, "kl_coef": kl_coef})
+            credit = self.algorithm.credit(groups, params)
+            return credit, self.algorithm.figures(groups, params) if isinstance(self.algorithm, OwnFigures) else {}
         except BasculeError:
             raise
         except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import Annotated, Any, Literal
@@ -69,6 +70,13 @@ class Dpo:
             for group in groups
             for preferred, other in _pairs(group, own)
         ]
+
+    def figures(self, groups: Sequence[Group], params: dict[str, Any]) -> dict[str, float]:
+        """``pairs``, and ``pair_margin``: the mean by which the preferred sample's reward is higher."""
+        own = read(DpoParams, params)
+        pairs = [pair for group in groups for pair in _pairs(group, own)]
+        margins = [(preferred.reward or 0.0) - (other.reward or 0.0) for preferred, other in pairs]
+        return {"pairs": float(len(margins)), "pair_margin": statistics.fmean(margins)} if margins else {}
 
 
 def _pairs(group: Group, own: DpoParams) -> list[tuple[Sample, Sample]]:

@@ -99,6 +99,18 @@ class Entropic:
             for (s, a), row in zip(assigned, drift, strict=True)
         ]
 
+    def figures(self, groups: Sequence[Group], params: dict[str, Any]) -> dict[str, float]:
+        """Means over the groups with credit: ``weights_beta``, in 1 / reward; ``weights_kl``, in nats from uniform
+        weights; ``weights_ess``, as a share of the distinct samples."""
+        solved = [solve_beta(means) for _, means in map(_distinct_means, groups) if _varied(means)]
+        if not solved:
+            return {}
+        return {
+            "weights_beta": statistics.fmean(s.beta for s in solved),
+            "weights_kl": statistics.fmean(s.kl for s in solved),
+            "weights_ess": statistics.fmean(s.ess / len(s.weights) for s in solved),
+        }
+
 
 def solve_beta(rewards: Sequence[float]) -> Solution:
     """The beta at which the weights are ln 2 from uniform, by bisection on rewards scaled to a range of 1.
@@ -127,15 +139,24 @@ def solve_beta(rewards: Sequence[float]) -> Solution:
 
 
 def _weighted(group: Group, own: EntropicParams) -> list[tuple[Sample, float]]:
-    rewards = {s.trajectory: reward for s, reward in scored(group)}
-    alike = distinct(s for s, _ in scored(group))
-    means = [statistics.fmean(rewards[s.trajectory] for s in same) for same in alike]
-    if len(means) < 3 or min(means) == max(means):
+    alike, means = _distinct_means(group)
+    if not _varied(means):
         return []
     w_max = own.w_max or float(len(means))
     advantages = [_leave_one_out(q, len(means), w_max) - 1 for q in solve_beta(means).weights]
     centre = statistics.fmean(advantages) if own.centre else 0.0
     return [(same[0], a - centre) for same, a in zip(alike, advantages, strict=True)]
+
+
+def _distinct_means(group: Group) -> tuple[list[list[Sample]], list[float]]:
+    """The scored samples, those of equal tokens together, and the mean reward of each."""
+    rewards = {s.trajectory: reward for s, reward in scored(group)}
+    alike = distinct(s for s, _ in scored(group))
+    return alike, [statistics.fmean(rewards[s.trajectory] for s in same) for same in alike]
+
+
+def _varied(means: Sequence[float]) -> bool:
+    return len(means) >= 3 and min(means) < max(means)
 
 
 def _leave_one_out(q: float, samples: int, w_max: float) -> float:

@@ -368,3 +368,18 @@ def test_hyperparameters_out_of_range_are_refused_by_name(bad: dict[str, Any]) -
     with pytest.raises(ConfigError, match=next(iter(bad))):
         train_params(bad)
     assert train_params({"groups": 32}).steps == 1
+
+
+def test_the_algorithm_s_figures_stand_among_those_of_the_update(base: Path, parent: dict[str, bytes]) -> None:
+    class Figured(Given):
+        def figures(self, groups: Sequence[Group], params: dict[str, Any]) -> dict[str, float]:
+            return {"groups": len(groups), "kl_coef": -1.0}
+
+    job = TrainJob(base, Figured(), PARAMS, 1, parent)
+    batch = sample_batch(job, seed=0)
+    steps: list[dict[str, float]] = []
+    job.algorithm.given = of_component(batch, "policy")  # type: ignore[attr-defined]
+    groups = grouped(batch, dict.fromkeys(batch, 0.0))
+    figures = job.update(groups, batch, 0, steps.append).figures()
+    assert figures["groups"] == steps[0]["groups"] == len(groups)
+    assert figures["kl_coef"] >= 0  # the loop's own

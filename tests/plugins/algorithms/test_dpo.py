@@ -87,3 +87,9 @@ def test_pairs_of_nearly_equal_tokens_are_left_out(other: list[int], limit: floa
     """The ratio is 0.99 for one other token of 100, and 0.5 for the same tokens in another order."""
     played = of(sample("a", 1.0, [turn(LONG[:40]), turn(LONG[40:])]), sample("b", 0.0, [turn(other)]))
     assert pairs(played, max_similarity=limit) == ([("a", "b")] if kept else [])
+
+
+def test_the_pairs_and_their_margin_are_kept_with_the_update() -> None:
+    played = [group(0.0, 1.0, 0.5), group(0.5, 0.5), group(0.25, 0.75)]
+    assert Dpo().figures(played, {}) == {"pairs": 2.0, "pair_margin": 0.75}
+    assert Dpo().figures(played[1:2], {}) == {}
