@@ -50,7 +50,7 @@ class Dpo:
             groups=64,
             num_iterations=2,
             num_mini_batches=4,
-            learning_rate=5e-5,
+            learning_rate=1e-4,
             **msgspec.structs.asdict(DpoParams()),
             beta=0.1,
             pair_loss="sigmoid",
