@@ -176,8 +176,9 @@ class Retraining(msgspec.Struct, frozen=True, kw_only=True):
             them, if memory ran out then or now so that smaller micro-batches were computed.
         iterations: as far as the log holds what they are trained from.
         failed: why it failed, as it is recorded to have.
+        survived: why it is recorded to have failed, where it does not fail now.
         same: whether every adapter is the recorded one; None if there is none to compare with.
-        distance: of the last adapter from the recorded one, if they differ and the latter is kept.
+        distance: of the last recorded adapter's remake from it, if they differ and it is kept.
     """
 
     run: str
@@ -187,8 +188,14 @@ class Retraining(msgspec.Struct, frozen=True, kw_only=True):
     differing: dict[str, tuple[str, str]]
     iterations: tuple[Iteration, ...]
     failed: str | None
+    survived: str | None
     same: bool | None
     distance: Distance | None
+
+    @property
+    def last(self) -> Iteration | None:
+        """The last update that there is a recorded one to compare with."""
+        return next((i for i in reversed(self.iterations) if i.recorded is not None), None)
 
     @property
     def same_threads(self) -> bool:
@@ -271,7 +278,8 @@ async def retrain(
                     raise
                 failed = job.failed.reason
                 break
-            files = update.files
+            if checkpoint is not None:
+                files = update.files
             found = Iteration(
                 iteration=iteration,
                 trajectories=len(trajectories),
@@ -295,8 +303,9 @@ async def retrain(
         differing={} if other else _differing(job, trainer, backend) | _nodes(job, done),
         iterations=tuple(done),
         failed=failed,
+        survived=job.failed.reason if job.failed is not None and failed is None and not other else None,
         same=same,
-        distance=None if same is not False else await _distance(records, job, done, files),
+        distance=None if same is not False else await _distance(records, job, compared[-1], files),
     )
 
 
@@ -355,13 +364,11 @@ def _processes(versions: Mapping[str, str]) -> int:
     return int(versions.get(PROCESSES, "1"))
 
 
-async def _distance(
-    records: Records, job: TrainingJob, done: list[Iteration], files: Mapping[str, bytes]
-) -> Distance | None:
-    """Of the last adapter from the recorded one; None if only the events of that are left."""
+async def _distance(records: Records, job: TrainingJob, last: Iteration, files: Mapping[str, bytes]) -> Distance | None:
+    """Of an adapter from the recorded one; None if only the events of that are left."""
     try:
-        recorded = {n: await records.blobs.get(r) for n, r in job.checkpoints[done[-1].iteration].files.items()}
-    except (NotFound, LookupError):
+        recorded = {n: await records.blobs.get(r) for n, r in job.checkpoints[last.iteration].files.items()}
+    except NotFound:
         return None
     return await asyncio.to_thread(distance, files, recorded)
 

@@ -61,7 +61,8 @@ async def train(
     else:
         _show_result(found, console)
     promised = found.same_threads and found.same_processes and found.same_nodes
-    return Exit.DIFFERS if found.same is False and promised else Exit.SAME
+    differs = found.same is False or found.survived is not None
+    return Exit.DIFFERS if differs and promised else Exit.SAME
 
 
 def _header(run: str, job: TrainingJob, algorithm: str | None) -> str:
@@ -99,11 +100,14 @@ def _show_result(found: Retraining, console: Console) -> None:
         )
     if found.failed is not None:
         say(f"it fails as it is recorded to: {found.failed}")
+    if found.survived is not None:
+        say(f"it does not fail, and is recorded to have failed: {found.survived}")
     if not found.iterations:
         return
-    last = found.iterations[-1]
-    if found.same is None:
-        say(f"the adapter: {last.sha256}, of {found.algorithm}; there is none to compare it with")
+    last = found.last
+    if last is None:
+        made = found.iterations[-1]
+        say(f"the adapter: {made.sha256}, of {found.algorithm}; there is none to compare it with")
     elif found.same:
         say(f"the same adapter: {last.sha256}")
     else:

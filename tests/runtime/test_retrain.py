@@ -133,6 +133,14 @@ async def test_a_job_that_failed_fails_as_it_is_recorded_to(view: View) -> None:
         await again(view, Backend(updates="It is something else."))
 
 
+async def test_a_failure_that_does_not_come_again_is_a_difference(view: View) -> None:
+    await asked(view, [(ONE, WIN)])
+    failed = await outcome(view, Backend(updates="Memory ran out."))
+    assert isinstance(failed, ev.TrainFailed)
+    found = await again(view, Backend())
+    assert (found.failed, found.survived, found.same, found.last) == (None, failed.reason, None, None)
+
+
 async def test_a_job_that_failed_by_accident_fails_as_it_is_recorded_to(view: View) -> None:
     version = plugins().registry.algorithms.get("best_of_n").version
     await asked(view, [(ONE, WIN)], algorithm_version=version)
