@@ -228,7 +228,6 @@ class LedJob:
     def __init__(self, open_job: Callable[[], Job], arguments: tuple[Any, ...]) -> None:
         self._number = next(_numbers)
         self._job = self._everywhere(open_job, arguments)
-        _alive[self._number] = self
 
     def update(
         self,
@@ -249,6 +248,7 @@ class LedJob:
     def _everywhere(self, work: Callable[[], T], arguments: tuple[Any, ...]) -> T:
         everyone = ranks()
         with _turn:
+            _alive[self._number] = self
             order = _Order(self._number, frozenset(_alive), torch.get_num_threads(), arguments)
             with _stepping(everyone):
                 everyone.told(order)

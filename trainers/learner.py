@@ -18,6 +18,7 @@ from bascule.trainers.forward import check_base
 from bascule.trainers.fused import fuse
 from bascule.trainers.lora import adapter_tensors, attach_lora, linear_layers, load_adapter, set_adapter_tensors
 from bascule.trainers.params import TrainParams
+from bascule.trainers.seeded import seeded
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -142,9 +143,7 @@ def training_mode(learner: Learner, nodes: int, seed: int) -> Iterator[None]:
         if not learner.dropout:
             yield
             return
-        devices = [learner.device] if learner.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
+        with seeded(seed):
             yield
     finally:
         learner.base.eval()

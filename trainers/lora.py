@@ -19,6 +19,7 @@ import torch
 from bascule.schemas.errors import ConfigError, TrainError
 from bascule.trainers.base_model import IMPORTS, digest_of
 from bascule.trainers.params import TrainParams
+from bascule.trainers.seeded import seeded
 from bascule.trainers.tensorfile import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -66,9 +67,7 @@ def attach_lora(base: torch.nn.Module, params: TrainParams, seed: int) -> PeftMo
         bias="none",
         task_type="CAUSAL_LM",
     )
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = get_peft_model(base, config)
     if sorted(config.target_modules or ()) != modules:
         # For some mixture-of-experts models PEFT reads the names of an earlier layout into targets, at another rank.

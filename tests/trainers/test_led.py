@@ -143,6 +143,14 @@ def test_a_process_alone_fails_as_it_does() -> None:
     assert in_step(lambda: 3) == 3
 
 
+def test_a_job_is_wanted_from_its_opening_on(among: Callable[[Two], Two]) -> None:
+    """Whatever another thread has the others do next."""
+    first = among(Two(0))
+    job = LedJob(Job, ())
+    assert first.sent[0].alive >= {first.sent[0].job}
+    del job
+
+
 def test_jobs_of_several_threads_take_turns(among: Callable[[Two], Two]) -> None:
     among(Two(0))
     inside = 0
@@ -159,7 +167,12 @@ def test_jobs_of_several_threads_take_turns(among: Callable[[Two], Two]) -> None
             inside -= 1
             return super().update(*given)
 
-    jobs = [LedJob(Slow, (i,)) for i in range(2)]
+    jobs: list[LedJob] = []
+    openers = [threading.Thread(target=lambda i=i: jobs.append(LedJob(Slow, (i,)))) for i in range(2)]
+    for opener in openers:
+        opener.start()
+    for opener in openers:
+        opener.join()
 
     def work(job: LedJob) -> None:
         entered.wait()
