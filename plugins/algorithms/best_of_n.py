@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import msgspec
 
 from bascule.plugins.algorithm import Credit, Group, Requires, Sample, Stream
-from bascule.plugins.algorithms.groups import distinct, scored
+from bascule.plugins.algorithms.groups import distinct, scored, token_ids
 from bascule.plugins.algorithms.params import job, read
 
 
@@ -54,7 +54,7 @@ class BestOfN:
             ConfigError: a parameter is not usable.
         """
         own = read(BestOfNParams, params)
-        return [_imitated(same[0]) for g in groups for same in distinct(_winners(g))[: own.keep]]
+        return [_imitated(same[0]) for g in groups for same in distinct(filter(token_ids, _winners(g)))[: own.keep]]
 
 
 class BestOfN1(BestOfN):

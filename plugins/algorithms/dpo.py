@@ -20,11 +20,13 @@ class DpoParams(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         pairs_per_group: 1 for best over worst; 2 for best over the median sample as well.
         margin: the preferred sample's reward is higher by more than this.
+        beta: how far the policy may go from the reference for a preference; the loss reads it.
         max_similarity: pairs whose tokens are more alike than this (ratio of matching tokens, 0 to 1) are left out.
     """
 
     pairs_per_group: Literal[1, 2] = 1
     margin: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    beta: Annotated[float, msgspec.Meta(gt=0)] = 0.1
     max_similarity: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.95
 
 
@@ -52,7 +54,6 @@ class Dpo:
             num_mini_batches=4,
             learning_rate=1e-4,
             **msgspec.structs.asdict(DpoParams()),
-            beta=0.1,
             pair_loss="sigmoid",
             label_smoothing=0.0,
             kl_reference="base",
@@ -72,11 +73,11 @@ class Dpo:
         ]
 
     def figures(self, groups: Sequence[Group], params: dict[str, Any]) -> dict[str, float]:
-        """``pairs``, and ``pair_margin``: the mean by which the preferred sample's reward is higher."""
+        """``pairs``, and ``pair_reward_gap``: the mean by which the preferred sample's reward is higher."""
         own = read(DpoParams, params)
         pairs = [pair for group in groups for pair in _pairs(group, own)]
-        margins = [(preferred.reward or 0.0) - (other.reward or 0.0) for preferred, other in pairs]
-        return {"pairs": float(len(margins)), "pair_margin": statistics.fmean(margins)} if margins else {}
+        gaps = [(preferred.reward or 0.0) - (other.reward or 0.0) for preferred, other in pairs]
+        return {"pairs": float(len(gaps)), "pair_reward_gap": statistics.fmean(gaps)} if gaps else {}
 
 
 def _pairs(group: Group, own: DpoParams) -> list[tuple[Sample, Sample]]:

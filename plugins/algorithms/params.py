@@ -15,7 +15,9 @@ T = TypeVar("T", bound=msgspec.Struct)
 def job(**chosen: Any) -> dict[str, Any]:
     """A job's shape, its optimiser and its adapter, with the algorithm's own choices over or besides them.
 
-    ``start_from`` says which adapter a job continues from: the ``promoted`` one, or a fresh one on the ``base``.
+    ``groups`` and ``num_generations`` are of a job that samples anew for each of its ``steps``; one that trains from
+    what is logged makes one update of all of it. ``start_from`` says which adapter a job continues from: the
+    ``promoted`` one, or a fresh one on the ``base``.
     """
     return {
         "steps": 40,
@@ -28,6 +30,7 @@ def job(**chosen: Any) -> dict[str, Any]:
         "lr_scheduler_type": "linear",
         "warmup_steps": 0,
         "max_grad_norm": 1.0,
+        "max_kl": 0.5,
         "weight_decay": 0.0,
         "adam_beta1": 0.9,
         "adam_beta2": 0.999,
@@ -52,7 +55,6 @@ def on_policy() -> dict[str, Any]:
         "beta": 0.0,
         "kl_estimator": "k2",
         "kl_reference": "base",
-        "max_kl": 0.5,
         "max_ratio": 1e4,
     }
 

@@ -44,3 +44,8 @@ def test_winners_of_equal_tokens_are_imitated_once_and_leave_room_for_others() -
     )
     assert [c.trajectory for c in BestOfN().credit([played], {"keep": 2})] == ["a", "c"]
     assert [c.trajectory for c in BestOfN1().credit([played], {"keep": 2})] == ["a", "b"]
+
+
+def test_a_winner_without_tokens_takes_nobody_s_place() -> None:
+    played = of(sample("a", 1.0, [turn([])]), sample("b", 1.0, [turn([1])]))
+    assert [c.trajectory for c in BestOfN().credit([played], {"keep": 1})] == ["b"]
