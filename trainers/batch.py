@@ -233,7 +233,8 @@ def split(units: Sequence[Unit], parts: int, group_of: Mapping[str, str]) -> lis
 def weighed(units: Sequence[Unit], params: TrainParams) -> list[Unit]:
     """Give every token its weight in the optimiser step that these units make up.
 
-    Every component has one denominator over all of them: for ``imitation`` the sum of its tokens' advantages, for
+    Every component has one denominator over all of them: for ``imitation`` the sum of its tokens' advantages (1 if that
+    is less), for
     ``pair`` the number of pairs, for the others what ``loss_type`` says (see :class:`TrainParams`); for the critic the
     number of tokens with a return.
     """
@@ -282,10 +283,13 @@ def gathered(values: Mapping[str, Floats], batch: MicroBatch) -> Floats:
 
 def scattered(batches: Sequence[MicroBatch], values: Sequence[Floats]) -> dict[str, Floats]:
     """The inverse of :func:`gathered`: [..., T] values of whole trajectories from [..., M] of micro-batches."""
-    lengths: Counter[str] = Counter()
-    for batch in batches:
-        for t, n in enumerate(np.bincount(batch.trajectory, minlength=len(batch.trajectories))):
-            lengths[batch.trajectories[t]] += int(n)
+    lengths = {
+        name: int(n)
+        for batch in batches
+        for name, n in zip(
+            batch.trajectories, np.bincount(batch.trajectory, minlength=len(batch.trajectories)), strict=True
+        )
+    }
     figures = values[0].shape[:-1] if values else ()
     out = {name: np.full((*figures, n), np.nan) for name, n in lengths.items()}
     for batch, flat in zip(batches, values, strict=True):

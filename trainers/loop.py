@@ -55,6 +55,7 @@ class UpdateMetrics:
         ess: effective sample size of the importance weights as a share of their tokens.
         explained_variance: of the returns by the critic, before the update.
         pair_accuracy: share of pairs whose preferred trajectory has the higher implicit reward.
+        pair_margin: mean difference of the implicit rewards of a pair.
         grad_norm: of the adapter's gradient before clipping.
         learning_rate: as scheduled.
         trained_tokens: tokens that entered the loss.
@@ -75,6 +76,7 @@ class UpdateMetrics:
     ess: float = 1.0
     explained_variance: float = 0.0
     pair_accuracy: float = 0.0
+    pair_margin: float = 0.0
     grad_norm: float = 0.0
     learning_rate: float = 0.0
     trained_tokens: int = 0
@@ -296,6 +298,7 @@ class TrainJob:
             entropy=done.entropy / max(done.tokens, 1),
             ess=effective_sample_size(sums),
             pair_accuracy=sums.pair_accuracy / max(sums.pairs, 1.0),
+            pair_margin=sums.pair_margin / max(sums.pairs, 1.0),
             grad_norm=norm,
             learning_rate=rate,
             trained_tokens=done.tokens,
@@ -345,4 +348,4 @@ def _adapted_kl_coef(coefficient: float, streams: Streams, params: TrainParams) 
     reference = streams.reference
     sums = [float((p - reference[t]).sum()) for t, p in streams.policy.items()]
     error = min(max(math.fsum(sums) / len(sums) / params.target_kl - 1, -0.2), 0.2)
-    return coefficient * (1 + error * len(sums) / params.horizon)
+    return max(coefficient * (1 + error * len(sums) / params.horizon), 0.0)

@@ -62,7 +62,6 @@ class LossSums:
         pairs: pairs of trajectories.
         pair_accuracy: pairs whose preferred trajectory gained more over the reference than the other.
         pair_margin: by how much it did, times beta (the difference of DPO's implicit rewards).
-        value_error: squared differences of the critic's estimates and the returns.
     """
 
     tokens: float = 0.0
@@ -74,7 +73,6 @@ class LossSums:
     pairs: float = 0.0
     pair_accuracy: float = 0.0
     pair_margin: float = 0.0
-    value_error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -183,7 +181,24 @@ def pair_loss(inputs: LossInputs, params: TrainParams) -> LossOutputs:
     return LossOutputs(loss, LossSums(pairs=float(pairs), pair_accuracy=accuracy, pair_margin=margins))
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, weight: Tensor, params: TrainParams) -> LossOutputs:
+def own_loss(inputs: LossInputs, per_token: Tensor, params: TrainParams) -> LossOutputs:
+    """A loss [M] that the algorithm brought, with what is known of the samples besides.
+
+    Raises:
+        TrainError: the loss is not finite, or not one for each token.
+    """
+    if per_token.shape != inputs.weight.shape:
+        raise TrainError(
+            f"The algorithm's own loss has the shape {tuple(per_token.shape)} for {len(inputs.weight)} tokens, not one "
+            "for each.",
+        )
+    loss = _finite((inputs.weight * per_token).sum(), "own")
+    importance = torch.exp(inputs.old - inputs.behaviour).clamp(max=params.importance_cap)
+    none = torch.zeros_like(importance)
+    return LossOutputs(loss, _ratio_sums(inputs, importance, none, none))
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, weight: Tensor, params: TrainParams) -> Tensor:
     """The critic's clipped squared error (arXiv 2005.12729), times ``vf_coef``.
 
     Per token ``0.5 * max((V - R)^2, (V_old + clip(V - V_old, -cliprange_value, cliprange_value) - R)^2)``.
@@ -195,9 +210,6 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, weight: Tens
         weight: [N] share of the token in the optimiser step.
         params: ``vf_coef`` and ``cliprange_value`` are read.
 
-    Returns:
-        The loss, and ``value_error`` alone of the sums.
-
     Raises:
         TrainError: the loss is not finite.
     """
@@ -205,7 +217,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, weight: Tens
     error = (values - returns) ** 2
     clipped_error = (old_values + (values - old_values).clamp(-bound, bound) - returns) ** 2
     loss = params.vf_coef * (weight * torch.maximum(error, clipped_error) / 2).sum()
-    return LossOutputs(_finite(loss, "value"), LossSums(value_error=_totals(error)[0]))
+    return _finite(loss, "value")
 
 
 def add_sums(parts: Iterable[LossSums]) -> LossSums:
@@ -251,8 +263,12 @@ def _regularized(
         entropy = _given(inputs.entropy, f"the {component} loss with entropy_coef > 0", "the entropy")
         per_token = per_token - params.entropy_coef * entropy
     loss = _finite((inputs.weight * per_token).sum(), component)
+    return LossOutputs(loss, _ratio_sums(inputs, importance, clipped, kl))
+
+
+def _ratio_sums(inputs: LossInputs, importance: Tensor, clipped: Tensor, kl: Tensor) -> LossSums:
     sums = _totals(clipped, importance, importance**2, _k3(inputs.old - inputs.behaviour), kl)
-    return LossOutputs(loss, LossSums(float(importance.numel()), *sums))
+    return LossSums(float(importance.numel()), *sums)
 
 
 def _k3(difference: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class TrainParams(msgspec.Struct, frozen=True, kw_only=True):
         importance_sampling_level: the ratio of each token, or of the whole trajectory (GSPO, arXiv 2507.18071).
         epsilon: the ratio is clipped below at 1 - epsilon.
         epsilon_high: and above at 1 + epsilon_high (DAPO, arXiv 2503.14476).
-        delta: upper bound on the ratio where the advantage is negative (TRL's two-sided clip); None for none.
+        delta: upper bound on the ratio in the term that is not clipped (TRL's two-sided clip); None for none.
         clip_ratio_c: bound c of the dual clip (arXiv 1912.09729) for negative advantages; None for none.
         importance_cap: C of truncated importance sampling.
         beta: coefficient of the KL divergence to the reference in the loss; for pairs, DPO's beta.

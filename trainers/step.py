@@ -24,6 +24,7 @@ from bascule.trainers.loss import (
     LossSums,
     add_sums,
     imitation_loss,
+    own_loss,
     pair_loss,
     policy_loss,
     reinforce_loss,
@@ -213,7 +214,8 @@ def losses(
         known = np.flatnonzero(np.isfinite(batch.returns))
         before = floats(gathered(streams.values, batch)[known])
         returns, weight = floats(batch.returns[known]), floats(batch.value_weight[known])
-        outputs.append(value_loss(critic(now.hidden[ints(known)]), before, returns, weight, params))
+        loss = value_loss(critic(now.hidden[ints(known)]), before, returns, weight, params)
+        outputs.append(LossOutputs(loss, LossSums()))
     return outputs
 
 
@@ -228,22 +230,13 @@ def _component_loss(component: Component, inputs: LossInputs, objective: Objecti
         case "pair":
             return pair_loss(inputs, objective.params)
         case "own":
-            return _own_loss(inputs, objective.algorithm, objective.given)
+            return _own_loss(inputs, objective)
 
 
-def _own_loss(inputs: LossInputs, algorithm: Algorithm, given: dict[str, Any]) -> LossOutputs:
-    if not isinstance(algorithm, OwnLoss):
-        raise TrainError(f"The algorithm {algorithm.name} gives credit for a loss of its own and has none.")
-    per_token = algorithm.token_loss(inputs, given)
-    if per_token.shape != inputs.weight.shape:
-        raise TrainError(
-            f"The loss of {algorithm.name} has the shape {tuple(per_token.shape)} for {len(inputs.weight)} tokens, "
-            "not one for each.",
-        )
-    loss = (inputs.weight * per_token).sum()
-    if not bool(torch.isfinite(loss)):
-        raise TrainError(f"The loss of {algorithm.name} is {float(loss.detach())}.")
-    return LossOutputs(loss, LossSums())
+def _own_loss(inputs: LossInputs, objective: Objective) -> LossOutputs:
+    if not isinstance(objective.algorithm, OwnLoss):
+        raise TrainError(f"The algorithm {objective.algorithm.name} gives credit for a loss of its own and has none.")
+    return own_loss(inputs, objective.algorithm.token_loss(inputs, objective.given), objective.params)
 
 
 def check_kl(kl: float, params: TrainParams) -> None:

@@ -101,7 +101,7 @@ def read_tensors(data: bytes, source: str) -> tuple[dict[str, torch.Tensor], dic
     for name, info in infos.items():
         raw = bytearray(data[start + info.begin : start + info.end])
         flat = torch.frombuffer(raw, dtype=info.dtype) if raw else torch.empty(0, dtype=info.dtype)
-        tensors[name] = flat.reshape(info.shape).clone()
+        tensors[name] = flat.reshape(info.shape)
     return tensors, metadata
 
 

@@ -103,8 +103,8 @@ class TrlGrpo:
             if before.iteration != work.iteration:
                 raise TrainError(f"Update {work.iteration} was asked for, but the next one is {before.iteration}.")
             done = before.optimizer_step
-        figures = _run(model, optimizer, rows, work, params, done) if rows else {}
-        done += int(figures.get("optimizer_steps", 0))
+        figures = _run(model, optimizer, rows, work, params, done) if rows else {"optimizer_steps": 0.0}
+        done += int(figures["optimizer_steps"])
         return Trained(
             files=adapter_files(model),
             state=write_checkpoint(model, None, optimizer, Counters(work.iteration + 1, done, work.seed)),

@@ -253,7 +253,7 @@ class Trainer:
             await self._fail(view, training, evaluation, e)
             return
         put = view.blobs.put
-        files = {n: await put(d, "application/x-safetensors") for n, d in update.files.items()}
+        files = {n: await put(d, _media_type(n)) for n, d in update.files.items()}
         data = AdapterCheckpointed(
             generation=request.generation,
             iteration=iteration,
@@ -261,7 +261,7 @@ class Trainer:
             adapter=adapter_name(request.generation, iteration),
             files=files,
             sha256=update.sha256,
-            state=await put(update.state, "application/x-safetensors"),
+            state=await put(update.state),
             data_digest=data_digest(trajectories),
             metrics=_finite({"reward": mean_reward(evaluation), **update.metrics}),
             measured=Measured(seconds=view.clock() - started),
@@ -269,6 +269,8 @@ class Trainer:
         )
         superseded = training.last
         await self._record(view, training, evaluation, data)
+        if iteration + 1 == request.iterations:
+            self._job = None
         if superseded is None:
             return
         # Nobody samples with it any more: the next one exists because its episodes are done. One that changed nothing
@@ -328,6 +330,10 @@ def _telling(view: View, generation: int, attempt: int, iteration: int) -> Progr
         asyncio.run_coroutine_threadsafe(telemetry.send(line), loop)
 
     return tell
+
+
+def _media_type(file: str) -> str:
+    return "application/json" if file.endswith(".json") else "application/x-safetensors"
 
 
 def _finite(figures: Mapping[str, float]) -> dict[str, float]:

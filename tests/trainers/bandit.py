@@ -52,7 +52,7 @@ def make_job(
 
 
 def train(job: TrainJob, batch: Mapping[str, Trajectory], credit: Sequence[Credit], iteration: int) -> UpdateMetrics:
-    """One update with decided credit; the trajectories are of one group each two hundred, as their names begin."""
+    """One update with decided credit; the trajectories are grouped as their names begin."""
     assert isinstance(job.algorithm, Given)
     job.algorithm.given = list(credit)
     return job.update(grouped(batch, dict.fromkeys(batch, 0.0)), batch, iteration)

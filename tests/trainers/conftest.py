@@ -12,7 +12,7 @@ from tests.tiny_model import make_tiny_model
 from tests.trainers.bandit import PARAMS, alternating_credit, make_job, sample_batch, train
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="package")
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import gc
 import shutil
-import sys
 import threading
 import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("torch")
-
 import torch
 
 from bascule.schemas.errors import ConfigError
 from bascule.trainers import base_model
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.tiny_model import make_tiny_adapter, make_tiny_model
 
 

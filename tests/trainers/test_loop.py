@@ -189,6 +189,19 @@ def test_samples_of_another_policy_are_refused_with_the_figures(base: Path, by: 
     assert job.adapter_files() == before
 
 
+def test_with_a_loss_of_ones_own_it_is_known_how_far_the_sampler_was(base: Path) -> None:
+    found = {}
+    for component in ("own", "reinforce"):
+        algorithm: Any = Given()
+        algorithm.token_loss = lambda inputs, _: -inputs.advantage * inputs.logprobs
+        job = TrainJob(base, algorithm, PARAMS, 1)
+        batch = {t: shifted(x, 0.5 * (i % 2)) for i, (t, x) in enumerate(sample_batch(job, seed=0).items())}
+        algorithm.given = [Credit(trajectory=t, component=component, advantage=1.0) for t in batch]
+        found[component] = job.update(grouped(batch, dict.fromkeys(batch, 1.0)), batch, 0)
+    assert 0.01 < found["own"].kl == pytest.approx(found["reinforce"].kl)
+    assert 1 > found["own"].ess == pytest.approx(found["reinforce"].ess)
+
+
 @pytest.mark.parametrize("what", ["unscored", "empty", "nothing"])
 def test_what_cannot_be_trained_on_changes_nothing_but_the_count(base: Path, what: str) -> None:
     algorithm = Given()
