@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bascule.plugins.algorithm import Algorithm, Credit, Group, OwnFigures
-from bascule.schemas.errors import BasculeError, TrainError
+from bascule.plugins.algorithm import Algorithm, Credit, Group
+from bascule.schemas.errors import TrainError
 from bascule.schemas.trajectory import Trajectory
 from bascule.trainers.batch import WITH_RATIO, Unit, check_ids, split, units_of, weighed
 from bascule.trainers.checkpoint import Counters, read_checkpoint, write_checkpoint
+from bascule.trainers.credit import credit_of, figures_of, report_to
 from bascule.trainers.critic import explained_variance
 from bascule.trainers.distributed import ranks
 from bascule.trainers.forward import vocabulary
@@ -28,7 +30,7 @@ from bascule.trainers.lora import adapter_files, with_adapter
 from bascule.trainers.loss import effective_sample_size
 from bascule.trainers.params import TrainParams, scheduled_rate, train_params
 from bascule.trainers.passes import Packed, Passes, packed
-from bascule.trainers.step import Objective, check_kl, check_moved, step_gradient
+from bascule.trainers.step import Objective, check_kl, check_moved, moved_between, step_gradient
 from bascule.trainers.streams import Streams, policy_logprobs, reference_logprobs, streams_of, with_streams
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ class UpdateMetrics:
         kl_update: mean over the trained tokens of the k3 estimate of KL(policy before the update || policy), as the
             step found it; where imitation and pairs have no figures from before, it begins with the first step on the
             same tokens, and those of theirs that became likelier count as 0. The noise of dropout is in it.
+        kl_after: the same after the last step, over the tokens of the smallest group; 0 where that is more than a
+            quarter of the update.
         kl_reference: mean over the tokens that were compared with it of the estimate, by ``kl_estimator``, of the
             divergence to the reference.
         kl_coef: of the KL divergence in the reward.
@@ -69,6 +73,7 @@ class UpdateMetrics:
     loss: float = 0.0
     kl: float = 0.0
     kl_update: float = 0.0
+    kl_after: float = 0.0
     kl_reference: float = 0.0
     kl_coef: float = 0.0
     clip_fraction: float = 0.0
@@ -196,12 +201,18 @@ class TrainJob:
         check_ids(trajectories, vocabulary(self._learner.base))
         kl_coef = self._counters.kl_coef
         streams = streams_of(self.algorithm.streams, groups, trajectories, self._learner, self._passes)
-        credit, own = self._credit(with_streams(groups, streams), kl_coef)
-        units = units_of(credit, trajectories)
+        informed, params = with_streams(groups, streams), {**self._objective.given, "kl_coef": kl_coef}
+        credit = credit_of(self.algorithm, informed, params)
+        own = figures_of(self.algorithm, informed, params)
+        units = self._units(credit, trajectories)
         self._check_dropout(units)
-        parts = split(units, self.params.num_mini_batches, _group_of(units, groups))
+        group_of = _group_of(units, groups)
+        parts = split(units, self.params.num_mini_batches, group_of)
         batches = [packed(weighed(part, self.params)) for part in parts]
         known = [self._completed(streams, units, batches)] * len(batches)
+        probe = _smallest_group(units, group_of)
+        probed = packed(probe)
+        before = policy_logprobs(probed, self._learner, self._passes) if probe else {}
         metrics = UpdateMetrics(
             kl_coef=kl_coef,
             explained_variance=explained_variance(credit, streams.values or {}),
@@ -214,6 +225,10 @@ class TrainJob:
             now = time.perf_counter()
             metrics = replace(figures, optimizer_steps=step + 1, seconds=now - started)
             progress({**metrics.figures(), "tokens_per_second": metrics.trained_tokens / (now - began)})
+        if probe and metrics.optimizer_steps:
+            kl_after = moved_between(probe, before, policy_logprobs(probed, self._learner, self._passes))
+            check_moved(kl_after, metrics.optimizer_steps, self.params)
+            metrics = replace(metrics, kl_after=kl_after)
         self._counters = replace(
             self._counters,
             iteration=iteration + 1,
@@ -227,23 +242,11 @@ class TrainJob:
             seconds=time.perf_counter() - started,
         )
 
-    def _credit(self, groups: Sequence[Group], kl_coef: float) -> tuple[list[Credit], dict[str, float]]:
-        """What the algorithm gives, and its own figures of that.
-
-        Raises:
-            TrainError: it fails.
-        """
-        params = {**self._objective.given, "kl_coef": kl_coef}
+    def _units(self, credit: Sequence[Credit], trajectories: Mapping[str, Trajectory]) -> list[Unit]:
         try:
-            credit = self.algorithm.credit(groups, params)
-            return credit, self.algorithm.figures(groups, params) if isinstance(self.algorithm, OwnFigures) else {}
-        except BasculeError:
-            raise
-        except Exception as error:
-            raise TrainError(
-                f"The algorithm {self.algorithm.name} {self.algorithm.version} failed to give credit: {error!r}.",
-                next_step="Report it to the plugin's authors, or choose another algorithm.",
-            ) from error
+            return units_of(credit, trajectories)
+        except TrainError as error:
+            raise TrainError(error.message, next_step=error.next_step or report_to(self.algorithm)) from error
 
     def _check_dropout(self, units: Sequence[Unit]) -> None:
         """Refuse dropout where the policy's figures are compared with those that were computed without.
@@ -335,6 +338,19 @@ def _group_of(units: Sequence[Unit], groups: Sequence[Group]) -> dict[str, str]:
     if unscored:
         raise TrainError(f"Credit was given to trajectory {unscored[0]}, which has no score in this batch.")
     return found
+
+
+def _smallest_group(units: Sequence[Unit], group_of: Mapping[str, str]) -> list[Unit]:
+    """The units of the group with the fewest tokens; none if these are more than a quarter of all."""
+    sizes: Counter[str] = Counter()
+    for unit in units:
+        sizes[group_of[unit[0].trajectory]] += sum(len(row.tokens) for share in unit for row in share.rows)
+    if not sizes:
+        return []
+    smallest = min(sizes, key=lambda name: (sizes[name], name))
+    if 4 * sizes[smallest] > sizes.total():
+        return []
+    return [unit for unit in units if group_of[unit[0].trajectory] == smallest]
 
 
 def _nodes(batches: Packed, max_nodes: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from bascule.plugins.algorithm import Algorithm, Component, OwnLoss
 from bascule.schemas.errors import TrainError
-from bascule.trainers.batch import COMPONENTS, WITH_RATIO, Floats, Ints, MicroBatch, gathered, scattered
+from bascule.trainers.batch import COMPONENTS, WITH_RATIO, Floats, Ints, MicroBatch, Unit, gathered, scattered
 from bascule.trainers.critic import Critic
 from bascule.trainers.forward import TokenFigures, token_figures
 from bascule.trainers.learner import Learner, training_mode
@@ -32,7 +33,7 @@ from bascule.trainers.loss import (
 )
 from bascule.trainers.params import TrainParams
 from bascule.trainers.passes import Packed, Passes
-from bascule.trainers.streams import Streams
+from bascule.trainers.streams import PerToken, Streams
 
 _SAME_POLICY = "Check that the engine serves this job's current adapter."
 
@@ -256,6 +257,19 @@ def check_kl(kl: float, params: TrainParams) -> None:
             next_step=_SAME_POLICY,
             figures={"kl": kl},
         )
+
+
+def moved_between(units: Sequence[Unit], before: PerToken, after: PerToken) -> float:
+    """Mean over the tokens of the k3 estimate of KL(before || after), in nats.
+
+    Tokens of imitation and pairs were chosen to become likelier; of those, what becomes less likely counts.
+    """
+    found = []
+    for share in {share.trajectory: share for unit in units for share in unit}.values():
+        moved = np.clip(after[share.trajectory] - before[share.trajectory], -MAX_LOG_RATIO, MAX_LOG_RATIO)
+        moved = moved if share.component in WITH_RATIO else np.minimum(moved, 0)
+        found.append(np.expm1(moved) - moved)
+    return float(np.concatenate(found).mean())
 
 
 def check_moved(kl: float, step: int, params: TrainParams) -> None:

@@ -77,7 +77,7 @@ def run_case(case: Case, batch: dict[str, Trajectory]) -> Outcome:
         for i in range(2):
             if case.dies and i == 1 and ranks().rank == 1:
                 raise SystemExit(3)
-            metrics.append(msgspec.to_builtins(job.update(grouped(batch, case.rewards), batch, i)))
+            metrics.append(job.update(grouped(batch, case.rewards), batch, i).figures())
     except TrainError as error:
         return Outcome(refused=str(error))
     finally:

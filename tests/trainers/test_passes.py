@@ -75,6 +75,10 @@ def test_another_error_of_torch_is_not_taken_for_one_of_memory(base: Path) -> No
         train(job, batch, alternating_credit(batch), 0)
 
 
+#: Of groups so few none is computed once more after the last step.
+THREE = ((3, 1), (4, 1), (5, 1))
+
+
 def test_what_is_trained_on_is_packed_once_for_all_passes(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
 
@@ -84,7 +88,7 @@ def test_what_is_trained_on_is_packed_once_for_all_passes(base: Path, monkeypatc
 
     monkeypatch.setattr(passes, "micro_batches", spy)
     job = make_job(base, {**PARAMS, "num_iterations": 3, "beta": 0.1, "max_nodes": 32}, seed=1)
-    batch = sample_batch(job, seed=0)
+    batch = sample_batch(job, seed=0, prompts=THREE)
     train(job, batch, alternating_credit(batch), 0)
     assert sizes == [32]
     limit_nodes(job, 16, torch.OutOfMemoryError)
@@ -116,7 +120,7 @@ def test_no_pass_is_made_for_figures_that_no_loss_reads(base: Path) -> None:
     for component, before in (("imitation", 0), ("policy", 1)):
         gradients_on.clear()
         job = make_job(base, {**PARAMS, "num_iterations": 2, "max_nodes": 4096}, seed=1)
-        batch = sample_batch(job, seed=0)
+        batch = sample_batch(job, seed=0, prompts=THREE)
         decoder(job).register_forward_pre_hook(lambda *_: gradients_on.append(torch.is_grad_enabled()))
         train(job, batch, [Credit(trajectory=t, component=component, advantage=1.0) for t in batch], 0)
         assert gradients_on == [False] * before + [True] * 2
