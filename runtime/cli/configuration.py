@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
+from bascule.plugins.algorithm import Algorithm, Stream
 from bascule.plugins.loader import Plugins
 from bascule.runtime.log.rules import MAX_BATCH
 from bascule.runtime.services.rollout import engine_params
 from bascule.runtime.world import World, merged, plain, task_digest
-from bascule.schemas.errors import ConfigError
+from bascule.schemas.errors import ConfigError, TrainError
 from bascule.schemas.events import RunStarted
 from bascule.schemas.run import PluginChoice, RunConfig, parse_config
-from bascule.trainers.params import train_params
+from bascule.trainers.credit import credit_of
+from bascule.trainers.params import TrainParams, train_params
 
 
 def configure(given: dict[str, Any], overrides: Sequence[str], loaded: Plugins) -> RunConfig:
@@ -78,9 +80,7 @@ def preflight(config: RunConfig, loaded: Plugins) -> RunStarted:
     world = World(loaded, config)
     loaded.registry.engines.get(config.engine.name)(config.model, engine_params(config, config.engine))
     _ = world.policy, world.author
-    for info in world.algorithms:
-        train_params(info.params)
-        world.algorithm(info.name).credit([], info.params)
+    usable = check_algorithms(world)
     public = world.public
     check_splits(world)
     digest = ""
@@ -90,7 +90,7 @@ def preflight(config: RunConfig, loaded: Plugins) -> RunStarted:
         folder = resolve_model(config.model)
         digest = model_digest(folder)
         if "weights" in config.levers:
-            check_training(world, folder)
+            check_training(world, folder, usable)
     return RunStarted(
         config=config,
         task_version=public.version,
@@ -103,13 +103,56 @@ def preflight(config: RunConfig, loaded: Plugins) -> RunStarted:
     )
 
 
-def check_training(world: World, folder: Path) -> None:
+def check_algorithms(world: World) -> dict[str, TrainParams]:
+    """The training parameters of each usable algorithm, by its name.
+
+    One that is only installed, and broken, does not concern the run until a policy chooses it; then its job fails.
+
+    Raises:
+        ConfigError: one that the configuration names is not usable so; names it and the parameter.
+    """
+    usable = {}
+    named = {*world.config.algorithms, world.config.policy.params.get("algorithm")}
+    for info in world.algorithms:
+        try:
+            usable[info.name] = _check_algorithm(world.algorithm(info.name), info.params)
+        except (ConfigError, TrainError) as error:
+            if info.name not in named:
+                continue
+            raise ConfigError(
+                f"The algorithm {info.name} cannot be used so. {error.message}",
+                next_step=error.next_step or f"Correct it with --set algorithms.{info.name}.NAME=VALUE.",
+            ) from error
+    return usable
+
+
+def _check_algorithm(algorithm: Algorithm, given: dict[str, Any]) -> TrainParams:
+    params = train_params(given)
+    unknown = sorted(set(algorithm.streams) - set(get_args(Stream)))
+    if unknown:
+        raise TrainError(f"It asks for the stream {unknown[0]!r}; there are {', '.join(get_args(Stream))}.")
+    if params.lora_dropout and algorithm.requires.behaviour_logprobs:
+        raise ConfigError(
+            f"lora_dropout is {params.lora_dropout:g}, and with dropout a probability ratio is not 1 where the policy "
+            "has not moved.",
+            next_step="Set it to 0, or use an algorithm that imitates or compares pairs.",
+        )
+    if algorithm.requires.on_policy and params.num_generations < algorithm.requires.group_size:
+        raise ConfigError(
+            f"num_generations is {params.num_generations}; it needs {algorithm.requires.group_size} samples a group."
+        )
+    credit_of(algorithm, [], given)
+    return params
+
+
+def check_training(world: World, folder: Path, asked: Mapping[str, TrainParams]) -> None:
     """Refuse training that the base model or what is installed does not allow.
 
     The embedded base model allows whatever does not name its parts, and is not looked at then: imports take seconds.
 
     Args:
         folder: of the base model; its configuration is read and no weights.
+        asked: the parameters by algorithm.
 
     Raises:
         ConfigError: TRL is asked for and not there, the trainer cannot compute the model, or the model lacks a target
@@ -122,7 +165,6 @@ def check_training(world: World, folder: Path) -> None:
         )
     from bascule.trainers.base_model import DEFAULT_MODEL, IMPORTS
 
-    asked = {info.name: train_params(info.params) for info in world.algorithms}
     named = any(p.lora_target_modules is not None or p.lora_target_parameters for p in asked.values())
     if world.config.model == DEFAULT_MODEL and not named:
         return

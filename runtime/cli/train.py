@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bascule.runtime.cli.command import Exit, Json, Run, app, make_console, on_store, print_json
 from bascule.runtime.cli.processes import led
+from bascule.schemas.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,7 +45,14 @@ async def train(
     from bascule.runtime.audit.retrain import Kept, find_job, retrain
     from bascule.runtime.training.backend import TorchBackend
 
+    cores = os.cpu_count() or 1
+    if threads is not None and threads > 8 * cores:
+        raise ConfigError(
+            f"{threads} threads are asked for on {cores} cores.", next_step=f"Ask for {8 * cores} at the most."
+        )
     job = await find_job(run, store.read(run), request)
+    if algorithm is not None:
+        plugins().registry.algorithms.get(algorithm)
     console = make_console()
     if not as_json:
         console.print(_header(run, job, algorithm), highlight=False, soft_wrap=True, markup=False)

@@ -10,6 +10,7 @@ from bascule.plugins.algorithm import Algorithm, Group, OwnTraining
 from bascule.runtime.training.backend import OtherInstallation
 from bascule.schemas.errors import LogError, OutOfStep, TrainError
 from bascule.schemas.events import TrainRequested
+from bascule.trainers.credit import credit_of
 from bascule.trainers.feasible import unmet
 
 if TYPE_CHECKING:
@@ -35,9 +36,9 @@ def refuse_infeasible(algorithm: Algorithm, request: TrainRequested, groups: Seq
     if algorithm.streams or isinstance(algorithm, OwnTraining):
         return
     tokens = {s.trajectory: s.tokens for g in groups for s in g.samples}
-    trained = [{c.trajectory, c.rejected} - {None} for c in algorithm.credit(groups, request.params)]
+    trained = [{c.trajectory, c.rejected} - {None} for c in credit_of(algorithm, groups, request.params)]
     if not any(all(tokens.get(t or "", 0) for t in unit) for unit in trained):
-        raise _infeasible(algorithm, groups, _NO_CREDIT)
+        raise _infeasible(algorithm, groups, _no_credit(groups))
 
 
 def refuse_unmoved(algorithm: Algorithm, groups: Sequence[Group], update: Update) -> None:
@@ -47,10 +48,19 @@ def refuse_unmoved(algorithm: Algorithm, groups: Sequence[Group], update: Update
         TrainError: it took none.
     """
     if 0 in (update.metrics.get("optimizer_steps"), update.metrics.get("trained_tokens")):
-        raise _infeasible(algorithm, groups, _NO_CREDIT)
+        raise _infeasible(algorithm, groups, _no_credit(groups))
 
 
-_NO_CREDIT = "No sample got credit"
+def _no_credit(groups: Sequence[Group]) -> str:
+    """That no sample got credit, with what often keeps algorithms from giving any."""
+    rows = [[s for s in g.samples if s.reward is not None] for g in groups]
+    cut = sum(any(t.truncated for t in s.turns) for row in rows for s in row)
+    equal = sum(len({s.reward for s in row}) < 2 for row in rows)
+    alike = sum(len({tuple(t.token_ids for t in s.turns) for s in row}) < 2 for row in rows)
+    return (
+        f"No sample got credit: of {sum(map(len, rows))} scored samples {cut} were cut at a token limit; of "
+        f"{len(rows)} groups {equal} have no two different rewards, {alike} no two different answers"
+    )
 
 
 def _infeasible(algorithm: Algorithm, groups: Sequence[Group], why: str) -> TrainError:
@@ -77,13 +87,13 @@ def blamed_on(algorithm: Algorithm) -> Iterator[None]:
         yield
     except (TrainError, LogError, OutOfStep, OtherInstallation):
         raise
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise TrainError(
             f"The algorithm {algorithm.name} {algorithm.version} failed with {type(e).__name__}: {_text(e)}.",
             next_step="The trainer's own log has the traceback.",
         ) from e
 
 
-def _text(error: Exception) -> str:
+def _text(error: BaseException) -> str:
     """What an error says, as far as it is recorded."""
     return str(error)[:2000].rstrip(".")

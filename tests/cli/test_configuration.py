@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
-from bascule.plugins.loader import plugins
+from bascule.plugins.algorithm import Requires
+from bascule.plugins.loader import LoadedPlugin, Plugins, load_plugins, plugins
 from bascule.runtime.cli import configuration
 from bascule.schemas.errors import ConfigError
 from bascule.schemas.events import RunStarted
@@ -81,3 +82,70 @@ def test_trl_is_missed_only_where_it_is_asked_for(model: Path, monkeypatch: pyte
         checked(model, policy=asked)
     assert checked(model)
     assert checked(model, policy=asked, levers=["harness"])
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "values", "said"),
+    [
+        ("grpo", {"loss_type": "nonsense"}, r"loss_type is not usable: .*it is one of dapo, dr_grpo, grpo"),
+        ("grpo", {"learning_rate": -1}, "learning_rate is not usable"),
+        ("grpo", {"num_generations": 1}, "num_generations is 1; it needs 2 samples a group"),
+        ("entropic", {"num_generations": 2}, "num_generations is 2; it needs 3 samples a group"),
+        ("ppo", {"lora_dropout": 0.5}, r"lora_dropout is 0.5, and with dropout.*Set it to 0"),
+        ("reinforce", {"reward_clip_range": [1, 0]}, "not a lower and a higher bound"),
+        ("dpo", {"beta": 0, "pair_loss": "ipo"}, "beta is not usable"),
+        ("dpo", {"max_kl": 0}, "max_kl is not usable"),
+    ],
+)
+def test_a_parameter_that_is_not_usable_is_refused_with_its_algorithm(
+    model: Path, algorithm: str, values: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"The algorithm {algorithm} cannot be used so\. .*{said}"):
+        checked(model, algorithms={algorithm: values})
+
+
+class Broken:
+    """An installed algorithm that nobody has tried."""
+
+    name = "broken"
+    version = "1"
+    requires = Requires()
+    streams: frozenset[Any] = frozenset()
+    usual: ClassVar[dict[str, Any]] = {}
+
+    def defaults(self) -> dict[str, Any]:
+        return dict(self.usual)
+
+    def credit(self, groups: Any, params: Any) -> Any:
+        return 1 / len(groups)
+
+
+class Odd(Broken):
+    usual: ClassVar[dict[str, Any]] = {"learning_rate": "fast"}
+
+
+class Foreign(Broken):
+    streams = frozenset({"foo"})
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "said"),
+    [
+        (Broken(), "failed to give credit: ZeroDivisionError"),
+        (Odd(), "learning_rate is not usable"),
+        (Foreign(), "asks for the stream 'foo'; there are policy, reference, values"),
+    ],
+)
+def test_a_broken_algorithm_concerns_only_the_runs_that_name_it(
+    model: Path, monkeypatch: pytest.MonkeyPatch, algorithm: Any, said: str
+) -> None:
+    loaded = load_plugins()
+    loaded.registry.algorithm(algorithm)
+    bringing = LoadedPlugin(
+        name="odd", distribution="odd", version="1", hash="", seconds=0.0, provides=("algorithm:broken",)
+    )
+    found = Plugins(loaded.registry, (*loaded.loaded, bringing))
+    monkeypatch.setattr("tests.cli.test_configuration.plugins", lambda: found)
+    assert "broken" in {pin.name for pin in checked(model).plugins}
+    with pytest.raises(ConfigError, match=f"The algorithm broken cannot be used so.*{said}"):
+        checked(model, policy={"name": "rules", "params": {"algorithm": "broken"}})

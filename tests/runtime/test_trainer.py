@@ -114,7 +114,8 @@ async def test_a_job_whose_first_samples_get_no_credit_fails_before_a_model_is_o
     backend = Backend()
     failed = await outcome(view, backend)
     assert isinstance(failed, ev.TrainFailed)
-    assert f"The algorithm {algorithm} cannot train from these data. No sample got credit." in failed.reason
+    assert f"The algorithm {algorithm} cannot train from these data. No sample got credit: of 2 scored" in failed.reason
+    assert f"{2 * (algorithm == 'dpo')} were cut at a token limit; of 1 groups 0 have no two" in failed.reason
     assert backend.opened == 0
 
 
