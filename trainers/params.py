@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from bascule.schemas.errors import ConfigError
+from bascule.plugins.algorithms.params import read
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Whole = Annotated[int, msgspec.Meta(ge=0)]
@@ -123,10 +123,7 @@ def train_params(params: Mapping[str, Any]) -> TrainParams:
     Raises:
         ConfigError: a value has the wrong type or is out of range.
     """
-    try:
-        return msgspec.convert(dict(params), TrainParams)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"A training hyperparameter is not usable: {error}.") from error
+    return read(TrainParams, params)
 
 
 def scheduled_rate(params: TrainParams, step: int) -> float:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
+import msgspec.inspect
 
 from bascule.schemas.errors import ConfigError
 
@@ -80,6 +81,17 @@ def read(kind: type[T], params: Mapping[str, Any]) -> T:
     try:
         return msgspec.convert(dict(params), kind)
     except msgspec.ValidationError as error:
+        what, _, path = str(error).partition(" - at `$.")
+        name = path.rstrip("`")
+        subject = f"The parameter {name} is" if name else "The parameters are"
         raise ConfigError(
-            f"A parameter of the algorithm is not usable: {error}.", next_step="Correct it in the run's configuration."
+            f"{subject} not usable: {what}.",
+            next_step=f"Correct it in the run's configuration{_choices(kind, name)}.",
         ) from error
+
+
+def _choices(kind: type[msgspec.Struct], name: str) -> str:
+    """What a parameter may be, where that is a list of words."""
+    fields = cast("msgspec.inspect.StructType", msgspec.inspect.type_info(kind)).fields
+    words = {f.name: f.type.values for f in fields if isinstance(f.type, msgspec.inspect.LiteralType)}
+    return f": it is one of {', '.join(map(str, words[name]))}" if name in words else ""

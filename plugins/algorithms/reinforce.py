@@ -29,6 +29,10 @@ class ReinforceParams(msgspec.Struct, frozen=True, kw_only=True):
     normalize_advantages: bool = False
     reward_clip_range: tuple[float, float] | None = None
 
+    def __post_init__(self) -> None:
+        if self.reward_clip_range is not None and not self.reward_clip_range[0] < self.reward_clip_range[1]:
+            raise ValueError(f"reward_clip_range {list(self.reward_clip_range)} is not a lower and a higher bound")
+
 
 class Reinforce:
     """R'_i = R_i - kl_coef sum_t (log pi_t - log ref_t); A_i = R'_i - b_i for every token of sample i. The baseline b_i
