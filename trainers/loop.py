@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from bascule.trainers.jobs import Progress
 
 
+#: How many times ``max_kl`` one group may move in an update: its few tokens can do so without the policy running away.
+OF_ONE_GROUP = 4.0
+
+
 @dataclass(frozen=True)
 class UpdateMetrics:
     """Figures of one update; of its last optimiser step where there are several.
@@ -49,8 +53,8 @@ class UpdateMetrics:
         kl_update: mean over the trained tokens of the k3 estimate of KL(policy before the update || policy), as the
             step found it; where imitation and pairs have no figures from before, it begins with the first step on the
             same tokens, and those of theirs that became likelier count as 0. The noise of dropout is in it.
-        kl_after: the same after the last step, over the tokens of the smallest group; 0 where that is more than a
-            quarter of the update.
+        moved_after: after the last step, by how many nats the log-probability of the smallest group's tokens has
+            changed, on average; 0 where that group is more than a quarter of the update.
         kl_reference: mean over the tokens that were compared with it of the estimate, by ``kl_estimator``, of the
             divergence to the reference.
         kl_coef: of the KL divergence in the reward.
@@ -73,7 +77,7 @@ class UpdateMetrics:
     loss: float = 0.0
     kl: float = 0.0
     kl_update: float = 0.0
-    kl_after: float = 0.0
+    moved_after: float = 0.0
     kl_reference: float = 0.0
     kl_coef: float = 0.0
     clip_fraction: float = 0.0
@@ -226,9 +230,9 @@ class TrainJob:
             metrics = replace(figures, optimizer_steps=step + 1, seconds=now - started)
             progress({**metrics.figures(), "tokens_per_second": metrics.trained_tokens / (now - began)})
         if probe and metrics.optimizer_steps:
-            kl_after = moved_between(probe, before, policy_logprobs(probed, self._learner, self._passes))
-            check_moved(kl_after, metrics.optimizer_steps, self.params)
-            metrics = replace(metrics, kl_after=kl_after)
+            moved_after = moved_between(before, policy_logprobs(probed, self._learner, self._passes))
+            check_moved(moved_after, metrics.optimizer_steps, OF_ONE_GROUP * self.params.max_kl)
+            metrics = replace(metrics, moved_after=moved_after)
         self._counters = replace(
             self._counters,
             iteration=iteration + 1,
@@ -285,7 +289,7 @@ class TrainJob:
         kl = sums.kl_behaviour / tokens
         kl_update = done.moved / max(done.tokens, 1)
         check_kl(kl, self.params)
-        check_moved(kl_update, before.optimizer_steps, self.params)
+        check_moved(kl_update, before.optimizer_steps, self.params.max_kl)
         norm = self._clipped_norm(done.loss)
         rate = scheduled_rate(self.params, self._counters.optimizer_step)
         self._optimizer.param_groups[0]["lr"] = rate

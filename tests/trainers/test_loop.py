@@ -318,7 +318,7 @@ def test_an_update_that_runs_away_is_stopped_at_the_step_that_finds_it(base: Pat
         batch = sample_batch(job, seed=0)
         algorithm.given = of_component(batch, component)
         seen.clear()
-        with pytest.raises(TrainError, match=rf"Optimiser step {first} .* max_kl = 0\.5") as caught:
+        with pytest.raises(TrainError, match=rf"Optimiser step {first} .* bound of 0\.5 that") as caught:
             job.update(grouped(batch, dict.fromkeys(batch, 0.0)), batch, 0, seen.append)
         assert [round(figures["kl_update"], 5) for figures in seen] == [0] * first
         assert caught.value.figures["kl_update"] > 0.5
@@ -358,28 +358,26 @@ SEVERAL = [(3, 1), (4, 1, 5), (9, 2), (6, 5, 3, 5)]
 def test_the_last_step_of_an_update_is_looked_at_too(base: Path, component: Component) -> None:
     for rate, stopped in ((3e-3, False), (1000.0, True)):
         algorithm = Given()
-        job = TrainJob(base, algorithm, {**PARAMS, "learning_rate": rate, "beta": 0.1}, seed=1)
+        job = TrainJob(base, algorithm, {**PARAMS, "learning_rate": rate, "beta": 0.1, "max_kl": 0.3}, seed=1)
         batch = sample_batch(job, seed=0, samples=4, prompts=SEVERAL)
         algorithm.given = of_component(batch, component)
         smallest = {t: x for t, x in batch.items() if t.startswith("p0-")}
         before = now_of(job, smallest)
         groups = grouped(batch, dict.fromkeys(batch, 0.0))
         if stopped:
-            with pytest.raises(TrainError, match=r"Optimiser step 1 of the update .* max_kl = 0\.5"):
+            with pytest.raises(TrainError, match=r"Optimiser step 1 of the update .* bound of 1\.2 that"):
                 job.update(groups, batch, 0)
             continue
         metrics = job.update(groups, batch, 0)
-        moved = now_of(job, smallest) - before
-        moved = moved if component in ("policy", "reinforce") else moved.clamp(max=0)
-        wanted = float((torch.expm1(moved) - moved).mean())
-        assert wanted > 1e-7 or component == "imitation"
-        within(f"kl_after ({component})", "plain padded forward", abs(metrics.kl_after - wanted), 1e-6)
+        wanted = float((before - now_of(job, smallest)).abs().mean())
+        assert wanted > 1e-4
+        within(f"moved_after ({component})", "plain padded forward", abs(metrics.moved_after - wanted), 1e-6)
 
 
 def test_a_group_that_is_much_of_an_update_is_not_computed_once_more(base: Path) -> None:
     job = make_job(base, PARAMS, seed=1)
     batch = sample_batch(job, seed=0, prompts=SEVERAL[:3])
-    assert train(job, batch, alternating_credit(batch), 0).kl_after == 0
+    assert train(job, batch, alternating_credit(batch), 0).moved_after == 0
 
 
 def now_of(job: TrainJob, batch: Mapping[str, Trajectory]) -> torch.Tensor:
