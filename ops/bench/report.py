@@ -61,7 +61,8 @@ def machine() -> dict[str, str | int]:
 def show(bench: str, figures: dict[str, Figure], notes: Sequence[str] = (), *, as_json: bool) -> None:
     """Print a table for people, or one JSON object."""
     if as_json:
-        print(json.dumps({"bench": bench, "machine": machine(), "figures": {k: asdict(f) for k, f in figures.items()}}))
+        shown = {k: asdict(f) for k, f in figures.items()}
+        print(json.dumps({"bench": bench, "machine": machine(), "figures": shown, "notes": list(notes)}))
         return
     table = Table(title=f"{bench} on {machine()['cpu']}, {machine()['cores']} cores")
     for column in ("figure", "value", "unit", "times baseline", "baseline", "spread", "n"):
