@@ -118,7 +118,8 @@ def _show_result(found: Retraining, console: Console) -> None:
         made = found.iterations[-1]
         say(f"the adapter: {made.sha256}, of {found.algorithm}; there is none to compare it with")
     elif found.same:
-        say(f"the same adapter: {last.sha256}")
+        equal = found.same_threads and found.same_processes
+        say(f"the same adapter: {last.sha256}{'' if equal else '; largest difference 0, relative L2 distance 0'}")
     else:
         d = found.distance
         how = (
