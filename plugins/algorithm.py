@@ -158,8 +158,8 @@ class OwnLoss(Protocol):
 class OwnFigures(Protocol):
     """What an algorithm whose credit has figures that are worth keeping has as well."""
 
-    def figures(self, groups: Sequence[Group], params: dict[str, Any]) -> dict[str, float]:
-        """Figures of the credit that the same groups get, by name; pure. They stand among the update's metrics."""
+    def figures(self, groups: Sequence[Group], credit: Sequence[Credit], params: dict[str, Any]) -> dict[str, float]:
+        """Figures of the credit that these groups got, by name; pure. They stand among the update's metrics."""
         ...
 
 

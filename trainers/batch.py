@@ -234,9 +234,8 @@ def weighed(units: Sequence[Unit], params: TrainParams) -> list[Unit]:
     """Give every token its weight in the optimiser step that these units make up.
 
     Every component has one denominator over all of them: for ``imitation`` the sum of its tokens' advantages (1 if that
-    is less), for
-    ``pair`` the number of pairs, for the others what ``loss_type`` says (see :class:`TrainParams`); for the critic the
-    number of tokens with a return.
+    is less), for ``pair`` the number of pairs, for the others what ``loss_type`` says (see :class:`TrainParams`); for
+    the critic the number of tokens with a return.
     """
     shares = [s for u in units for s in u]
     tokens: Counter[str] = Counter()
@@ -283,13 +282,10 @@ def gathered(values: Mapping[str, Floats], batch: MicroBatch) -> Floats:
 
 def scattered(batches: Sequence[MicroBatch], values: Sequence[Floats]) -> dict[str, Floats]:
     """The inverse of :func:`gathered`: [..., T] values of whole trajectories from [..., M] of micro-batches."""
-    lengths = {
-        name: int(n)
-        for batch in batches
-        for name, n in zip(
-            batch.trajectories, np.bincount(batch.trajectory, minlength=len(batch.trajectories)), strict=True
-        )
-    }
+    lengths: dict[str, int] = {}
+    for batch in batches:
+        tokens = np.bincount(batch.trajectory, minlength=len(batch.trajectories))
+        lengths |= zip(batch.trajectories, tokens.tolist(), strict=True)
     figures = values[0].shape[:-1] if values else ()
     out = {name: np.full((*figures, n), np.nan) for name, n in lengths.items()}
     for batch, flat in zip(batches, values, strict=True):

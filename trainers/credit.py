@@ -31,7 +31,9 @@ def credit_of(algorithm: Algorithm, groups: Sequence[Group], params: Mapping[str
     return credit
 
 
-def figures_of(algorithm: Algorithm, groups: Sequence[Group], params: Mapping[str, Any]) -> dict[str, float]:
+def figures_of(
+    algorithm: Algorithm, groups: Sequence[Group], credit: Sequence[Credit], params: Mapping[str, Any]
+) -> dict[str, float]:
     """The figures that the algorithm wants kept of its credit; none if it has no such wish.
 
     Raises:
@@ -40,7 +42,7 @@ def figures_of(algorithm: Algorithm, groups: Sequence[Group], params: Mapping[st
     if not isinstance(algorithm, OwnFigures):
         return {}
     try:
-        figures = algorithm.figures(list(groups), copy.deepcopy(dict(params)))
+        figures = algorithm.figures(list(groups), list(credit), copy.deepcopy(dict(params)))
         return {str(name): float(value) for name, value in figures.items()}
     except BasculeError:
         raise

@@ -207,7 +207,7 @@ class TrainJob:
         streams = streams_of(self.algorithm.streams, groups, trajectories, self._learner, self._passes)
         informed, params = with_streams(groups, streams), {**self._objective.given, "kl_coef": kl_coef}
         credit = credit_of(self.algorithm, informed, params)
-        own = figures_of(self.algorithm, informed, params)
+        own = figures_of(self.algorithm, informed, credit, params)
         units = self._units(credit, trajectories)
         self._check_dropout(units)
         group_of = _group_of(units, groups)
@@ -231,7 +231,7 @@ class TrainJob:
             progress({**metrics.figures(), "tokens_per_second": metrics.trained_tokens / (now - began)})
         if probe and metrics.optimizer_steps:
             moved_after = moved_between(before, policy_logprobs(probed, self._learner, self._passes))
-            check_moved(moved_after, metrics.optimizer_steps, OF_ONE_GROUP * self.params.max_kl)
+            check_moved(moved_after, metrics.optimizer_steps, self.params.max_kl, OF_ONE_GROUP)
             metrics = replace(metrics, moved_after=moved_after)
         self._counters = replace(
             self._counters,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -236,7 +237,8 @@ def _component_loss(component: Component, inputs: LossInputs, objective: Objecti
 def _own_loss(inputs: LossInputs, objective: Objective) -> LossOutputs:
     if not isinstance(objective.algorithm, OwnLoss):
         raise TrainError(f"The algorithm {objective.algorithm.name} gives credit for a loss of its own and has none.")
-    return own_loss(inputs, objective.algorithm.token_loss(inputs, objective.given), objective.params)
+    per_token = objective.algorithm.token_loss(inputs, copy.deepcopy(objective.given))
+    return own_loss(inputs, per_token, objective.params)
 
 
 def check_kl(kl: float, params: TrainParams) -> None:
@@ -268,22 +270,23 @@ def moved_between(before: PerToken, after: PerToken) -> float:
     return float(np.concatenate(found).mean())
 
 
-def check_moved(moved: float, step: int, bound: float) -> None:
+def check_moved(moved: float, step: int, max_kl: float, times: float = 1.0) -> None:
     """Refuse to go on where an update has run away from the policy that it began with.
 
     Args:
         moved: mean over tokens of an estimate of KL(policy before the update || policy), or of the change of their
             log-probability, in nats.
         step: of the update, from 0; the one that finds it so.
-        bound: ``max_kl``, or a multiple of it where few tokens were looked at.
+        max_kl: the parameter.
+        times: the bound is so many times ``max_kl``; more than 1 where few tokens were looked at.
 
     Raises:
         TrainError: it is over the bound.
     """
-    if moved > bound:
+    if moved > times * max_kl:
         raise TrainError(
             f"Optimiser step {step} of the update finds the policy {moved:.3g} nats from where the update began, "
-            f"over the bound of {bound:g} that follows from max_kl.",
+            f"over the bound of {times * max_kl:g} that follows from max_kl = {max_kl:g}.",
             next_step="Lower learning_rate, num_iterations or num_mini_batches, or raise max_kl.",
             figures={"kl_update": moved, "step": float(step)},
         )

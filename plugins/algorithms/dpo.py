@@ -72,11 +72,11 @@ class Dpo:
             for preferred, other in _pairs(group, own)
         ]
 
-    def figures(self, groups: Sequence[Group], params: dict[str, Any]) -> dict[str, float]:
+    def figures(self, groups: Sequence[Group], credit: Sequence[Credit], params: dict[str, Any]) -> dict[str, float]:
         """``pairs``, and ``pair_reward_gap``: the mean by which the preferred sample's reward is higher."""
-        own = read(DpoParams, params)
-        pairs = [pair for group in groups for pair in _pairs(group, own)]
-        gaps = [(preferred.reward or 0.0) - (other.reward or 0.0) for preferred, other in pairs]
+        del params
+        rewards = {s.trajectory: reward for group in groups for s, reward in scored(group)}
+        gaps = [rewards[c.trajectory] - rewards[c.rejected] for c in credit if c.rejected is not None]
         return {"pairs": float(len(gaps)), "pair_reward_gap": statistics.fmean(gaps)} if gaps else {}
 
 

@@ -99,9 +99,10 @@ class Entropic:
             for (s, a), row in zip(assigned, drift, strict=True)
         ]
 
-    def figures(self, groups: Sequence[Group], params: dict[str, Any]) -> dict[str, float]:
+    def figures(self, groups: Sequence[Group], credit: Sequence[Credit], params: dict[str, Any]) -> dict[str, float]:
         """Means over the groups with credit: ``weights_beta``, in 1 / reward; ``weights_kl``, in nats from uniform
         weights; ``weights_ess``, as a share of the distinct samples."""
+        del credit, params
         solved = [solve_beta(means) for _, means in map(_distinct_means, groups) if _varied(means)]
         if not solved:
             return {}

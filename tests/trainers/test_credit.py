@@ -17,15 +17,15 @@ from tests.trainers.bandit import Given
 class Doing(Given):
     """Gives what the test says."""
 
-    def __init__(self, credit: Callable[[Any, Any], Any], figures: Callable[[Any, Any], Any] = lambda *_: {}) -> None:
+    def __init__(self, credit: Callable[..., Any], figures: Callable[..., Any] = lambda *_: {}) -> None:
         super().__init__()
         self._credit, self._figures = credit, figures
 
     def credit(self, groups: Sequence[Group], params: dict[str, Any]) -> list[Credit]:
         return self._credit(groups, params)  # type: ignore[no-any-return]
 
-    def figures(self, groups: Sequence[Group], params: dict[str, Any]) -> dict[str, float]:
-        return self._figures(groups, params)  # type: ignore[no-any-return]
+    def figures(self, groups: Sequence[Group], credit: Sequence[Credit], params: dict[str, Any]) -> dict[str, float]:
+        return self._figures(groups, credit, params)  # type: ignore[no-any-return]
 
 
 def fail(error: BaseException) -> Any:
@@ -41,9 +41,11 @@ def spoil(groups: Any, params: Any) -> list[Credit]:
 
 def test_what_an_algorithm_is_given_is_a_copy() -> None:
     groups, params = [group(1.0, 0.0)], {"learning_rate": 1e-4, "lora_target_modules": ["q_proj"]}
+    credit = [Credit(trajectory="e-n0", component="policy", advantage=1.0)]
     assert credit_of(Doing(spoil), groups, params) == []
-    figures_of(Doing(spoil, lambda g, p: {"found": len(g)} if not spoil(g, p) else {}), groups, params)
-    assert (len(groups), params) == (1, {"learning_rate": 1e-4, "lora_target_modules": ["q_proj"]})
+    figures_of(Doing(spoil, lambda g, c, p: c.clear() or dict.fromkeys(spoil(g, p), 0.0)), groups, credit, params)
+    assert (len(groups), len(credit)) == (1, 1)
+    assert params == {"learning_rate": 1e-4, "lora_target_modules": ["q_proj"]}
 
 
 @pytest.mark.parametrize(
@@ -67,5 +69,5 @@ def test_an_algorithm_that_gives_no_credit_is_named(credit: Any, said: str) -> N
 @pytest.mark.parametrize("figures", [lambda *_: None, lambda *_: {"x": "y"}, lambda *_: 1 / 0])
 def test_an_algorithm_whose_figures_fail_is_named(figures: Any) -> None:
     with pytest.raises(TrainError, match="The algorithm given 1 failed to give its figures"):
-        figures_of(Doing(lambda *_: [], figures), [group(1.0)], {})
-    assert figures_of(Given(), [group(1.0)], {}) == {}
+        figures_of(Doing(lambda *_: [], figures), [group(1.0)], [], {})
+    assert figures_of(Given(), [group(1.0)], [], {}) == {}

@@ -318,7 +318,8 @@ def test_an_update_that_runs_away_is_stopped_at_the_step_that_finds_it(base: Pat
         batch = sample_batch(job, seed=0)
         algorithm.given = of_component(batch, component)
         seen.clear()
-        with pytest.raises(TrainError, match=rf"Optimiser step {first} .* bound of 0\.5 that") as caught:
+        said = rf"Optimiser step {first} .* bound of 0\.5 that follows from max_kl = 0\.5"
+        with pytest.raises(TrainError, match=said) as caught:
             job.update(grouped(batch, dict.fromkeys(batch, 0.0)), batch, 0, seen.append)
         assert [round(figures["kl_update"], 5) for figures in seen] == [0] * first
         assert caught.value.figures["kl_update"] > 0.5
@@ -365,7 +366,8 @@ def test_the_last_step_of_an_update_is_looked_at_too(base: Path, component: Comp
         before = now_of(job, smallest)
         groups = grouped(batch, dict.fromkeys(batch, 0.0))
         if stopped:
-            with pytest.raises(TrainError, match=r"Optimiser step 1 of the update .* bound of 1\.2 that"):
+            said = r"Optimiser step 1 of the update .* bound of 1\.2 that follows from max_kl = 0\.3"
+            with pytest.raises(TrainError, match=said):
                 job.update(groups, batch, 0)
             continue
         metrics = job.update(groups, batch, 0)
@@ -414,7 +416,9 @@ def test_hyperparameters_out_of_range_are_refused_by_name(bad: dict[str, Any]) -
 
 def test_the_algorithm_s_figures_stand_among_those_of_the_update(base: Path, parent: dict[str, bytes]) -> None:
     class Figured(Given):
-        def figures(self, groups: Sequence[Group], params: dict[str, Any]) -> dict[str, float]:
+        def figures(
+            self, groups: Sequence[Group], credit: Sequence[Credit], params: dict[str, Any]
+        ) -> dict[str, float]:
             return {"groups": len(groups), "kl_coef": -1.0}
 
     job = TrainJob(base, Figured(), PARAMS, 1, parent)

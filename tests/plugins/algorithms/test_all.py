@@ -92,7 +92,8 @@ def test_defaults_are_fresh_plain_json_and_usable(algorithm: Algorithm) -> None:
 @present
 def test_defaults_name_what_the_algorithm_can_be_told(algorithm: Algorithm) -> None:
     defaults = algorithm.defaults()
-    assert {"start_from", "steps", "groups", "num_generations", "num_mini_batches", "max_kl"} <= set(defaults)
+    assert {"start_from", "steps", "groups", "num_generations", "num_mini_batches", "warmup_steps"} <= set(defaults)
+    assert defaults["max_kl"] == 0.5
     assert (defaults["lora_r"], defaults["lora_alpha"], defaults["start_from"]) == (32, 64, "promoted")
     assert bool(set(defaults) & RATIO) == algorithm.requires.behaviour_logprobs
     assert set(defaults) >= RATIO or not algorithm.requires.behaviour_logprobs

@@ -91,6 +91,6 @@ def test_pairs_of_nearly_equal_tokens_are_left_out(other: list[int], limit: floa
 
 
 def test_the_pairs_and_their_margin_are_kept_with_the_update() -> None:
-    played = [group(0.0, 1.0, 0.5), group(0.5, 0.5), group(0.25, 0.75)]
-    assert Dpo().figures(played, {}) == {"pairs": 2.0, "pair_reward_gap": 0.75}
-    assert Dpo().figures(played[1:2], {}) == {}
+    played = [group(0.0, 1.0, 0.5), group(0.5, 0.5, name="f"), group(0.25, 0.75, name="g")]
+    assert Dpo().figures(played, Dpo().credit(played, {}), {}) == {"pairs": 2.0, "pair_reward_gap": 0.75}
+    assert Dpo().figures(played, [], {}) == {}

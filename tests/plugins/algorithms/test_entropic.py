@@ -159,10 +159,10 @@ def test_missing_log_probabilities_are_an_error_that_names_the_trajectory(missin
 
 def test_the_temperature_and_how_far_the_weights_are_from_uniform_are_kept_with_the_update() -> None:
     steep, flat = solve_beta([0.0, 0.0, 0.0, 1.0]), solve_beta([0.0, 1.0, 1.0])
-    figures = Entropic().figures([group(0.0, 0.0, 0.0, 1.0), group(0.0, 1.0, 1.0), group(1.0, 1.0, 1.0)], {})
+    figures = Entropic().figures([group(0.0, 0.0, 0.0, 1.0), group(0.0, 1.0, 1.0), group(1.0, 1.0, 1.0)], [], {})
     assert figures == {
         "weights_beta": pytest.approx((steep.beta + flat.beta) / 2),
         "weights_kl": pytest.approx((LN2 + math.log(3 / 2)) / 2),
         "weights_ess": pytest.approx((steep.ess / 4 + flat.ess / 3) / 2),
     }
-    assert Entropic().figures([group(1.0, 1.0, 1.0), group(0.0, 1.0)], {}) == {}
+    assert Entropic().figures([group(1.0, 1.0, 1.0), group(0.0, 1.0)], [], {}) == {}
