@@ -181,18 +181,18 @@ def pair_loss(inputs: LossInputs, params: TrainParams) -> LossOutputs:
     return LossOutputs(loss, LossSums(pairs=float(pairs), pair_accuracy=accuracy, pair_margin=margins))
 
 
-def own_loss(inputs: LossInputs, per_token: Tensor, params: TrainParams) -> LossOutputs:
-    """A loss [M] that the algorithm brought, with what is known of the samples besides.
+def own_loss(name: str, inputs: LossInputs, per_token: Tensor, params: TrainParams) -> LossOutputs:
+    """The loss [M] that the algorithm ``name`` brought, with what is known of the samples besides.
 
     Raises:
         TrainError: the loss is not finite, or not one for each token.
     """
     if per_token.shape != inputs.weight.shape:
         raise TrainError(
-            f"The algorithm's own loss has the shape {tuple(per_token.shape)} for {len(inputs.weight)} tokens, not one "
-            "for each.",
+            f"The loss of {name} has the shape {tuple(per_token.shape)} for {len(inputs.weight)} tokens, not one for "
+            "each."
         )
-    loss = _finite((inputs.weight * per_token).sum(), "own")
+    loss = _finite((inputs.weight * per_token).sum(), name)
     importance = torch.exp(inputs.old - inputs.behaviour).clamp(max=params.importance_cap)
     none = torch.zeros_like(importance)
     return LossOutputs(loss, _ratio_sums(inputs, importance, none, none))

@@ -238,7 +238,7 @@ def _own_loss(inputs: LossInputs, objective: Objective) -> LossOutputs:
     if not isinstance(objective.algorithm, OwnLoss):
         raise TrainError(f"The algorithm {objective.algorithm.name} gives credit for a loss of its own and has none.")
     per_token = objective.algorithm.token_loss(inputs, copy.deepcopy(objective.given))
-    return own_loss(inputs, per_token, objective.params)
+    return own_loss(objective.algorithm.name, inputs, per_token, objective.params)
 
 
 def check_kl(kl: float, params: TrainParams) -> None:

@@ -283,7 +283,10 @@ def test_an_update_without_credit_changes_the_count_and_nothing_else(base: Path,
     assert all(torch.equal(x, after[name]) for name, x in before.items())
 
 
-@pytest.mark.parametrize(("loss", "words"), [(None, "has none"), (torch.nan, "is nan"), ("mean", "one for each")])
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [(None, "given .* has none"), (torch.nan, "given loss is nan"), ("mean", "loss of given .* one for each")],
+)
 def test_a_loss_of_ones_own_that_is_missing_or_no_number_a_token_is_refused(base: Path, loss: Any, words: str) -> None:
     algorithm: Any = Given()
     if loss is not None:
