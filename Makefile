@@ -41,11 +41,11 @@ clean:
 .venv/run.stamp: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q "torch>=2.13,<2.14"
-	$(BIN)/python -m pip install -q -e ".[torch]"
+	$(BIN)/python -m pip install -q -e ".[tasks,torch]"
 	touch $@
 
 .venv/dev.stamp: .venv/run.stamp
-	$(BIN)/python -m pip install -q -e ".[torch,dev]"
+	$(BIN)/python -m pip install -q -e ".[tasks,torch,dev]"
 	touch $@
 
 # mypy sees the folders at the root as one namespace through this link.

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import msgspec
 
 from bascule.plugins.algorithm import Requires
-from bascule.plugins.task import Example
+from bascule.plugins.task import Allows, Example
 from bascule.schemas.decision import LeverDecision
 from bascule.schemas.events import GateFigures, ModelCalled, ToolCalled
 from bascule.schemas.harness import Harness
@@ -96,6 +96,43 @@ class PolicyInput(msgspec.Struct, frozen=True, kw_only=True):
     edits_left: int | None = None
 
 
+#: The tool that the feedback service offers to every author: a harness is tried on train items.
+TRIAL = "trial"
+
+
+class TrialRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The arguments of ``trial``.
+
+    Attributes:
+        files: of the promoted harness, those that are to be other; None removes one.
+        positions: which train items, by their place in the split.
+        samples: episodes for each.
+    """
+
+    files: dict[str, str | None]
+    positions: tuple[int, ...]
+    samples: int = 1
+
+
+class TrialResult(msgspec.Struct, frozen=True, kw_only=True):
+    """The result of ``trial``, as JSON text.
+
+    Attributes:
+        score: mean reward over the positions; an episode without a verdict counts 0.
+        n: positions.
+        errors: episodes that ended in an error.
+        unscored: episodes without a verdict.
+        message: of the first of either.
+    """
+
+    score: float
+    n: int
+    errors: int = 0
+    unscored: int = 0
+    message: str = ""
+    rewards: tuple[float | None, ...] = ()
+
+
 @runtime_checkable
 class Performer(Protocol):
     """What a policy or an author that asks for calls has as well: the effect, kept out of the pure ``step``."""
@@ -143,6 +180,8 @@ class AuthorInput(msgspec.Struct, frozen=True, kw_only=True):
     train: tuple[Example, ...]
     answers: dict[str, str]
     evidence: tuple[TrainEvidence, ...]
+    allows: Allows = Allows()
+    restricted: bool = False
 
 
 class HarnessEdit(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 
+from bascule.plugins.sandbox import Programs
 from bascule.schemas.events import Split
-from bascule.schemas.trajectory import Verdict
+from bascule.schemas.trajectory import Trajectory, Verdict
 
 
 class Example(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,7 +26,23 @@ class Example(msgspec.Struct, frozen=True, kw_only=True):
     input: dict[str, Any]
 
 
-class PublicFace(msgspec.Struct, frozen=True, kw_only=True):
+class Allows(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a harness of this task may ask for in its manifest.
+
+    Attributes:
+        data: the train items with their answers, in ``prepare`` and in the prompts of few-shot examples.
+        packages: installed distributions that it may import.
+        memory_mb, disk_mb, prepare_seconds: the most that it may ask for.
+    """
+
+    data: bool = True
+    packages: tuple[str, ...] = ()
+    memory_mb: int = 1024
+    disk_mb: int = 16
+    prepare_seconds: float = 120.0
+
+
+class PublicFace(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What levers and agents may see: the specification, train items with answers, dev and sealed questions.
 
     Attributes:
@@ -33,6 +50,9 @@ class PublicFace(msgspec.Struct, frozen=True, kw_only=True):
         answers: train answers by example id, as the text a perfect agent would give.
         max_answer_tokens: how long an answer can be.
         source, licence: where the data comes from.
+        allows: what a harness may have.
+        regime: under which rules the task is played, where it has several; reports keep them apart.
+        restricted: items must not be published: their texts go into restricted blobs only.
     """
 
     name: str
@@ -45,6 +65,9 @@ class PublicFace(msgspec.Struct, frozen=True, kw_only=True):
     max_answer_tokens: int
     source: str
     licence: str
+    allows: Allows = Allows()
+    regime: str = ""
+    restricted: bool = False
 
     def split(self, name: Split) -> tuple[Example, ...]:
         return {"train": self.train, "dev": self.dev, "sealed": self.sealed}[name]
@@ -56,6 +79,24 @@ class PrivateFace(Protocol):
     def score(self, split: Split, example: str, answer: str | None) -> Verdict:
         """Score one answer; ``None`` is an episode without an answer and scores as a failure, not as Unscored."""
         ...
+
+
+@runtime_checkable
+class RunsPrograms(Protocol):
+    """A private face that runs what agents wrote; ``use`` is called once, before the first score."""
+
+    def use(self, programs: Programs) -> None: ...
+
+
+@runtime_checkable
+class ScoresEpisodes(Protocol):
+    """A private face that scores by what happened in an episode, as the runtime recorded it, instead of ``score``."""
+
+    def score_episode(self, split: Split, example: str, episode: Trajectory) -> Verdict: ...
+
+
+Tool = Callable[[dict[str, Any]], Awaitable[str]]
+"""A tool of a task: JSON arguments in, text out; an exception is the tool's error, and the harness is told."""
 
 
 class Baseline(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,8 +137,8 @@ class Task(Protocol):
         """Files of the first harness: the task's specification and reference code. Plain, and knows no answers."""
         ...
 
-    def tools(self) -> Mapping[str, Callable[[dict[str, Any]], Awaitable[str]]]:
-        """Tools that harnesses of this task may call, by name."""
+    def tools(self, example: Example) -> Mapping[str, Tool]:
+        """The tools of one episode on ``example``, by name; what they remember lasts as long as the episode."""
         ...
 
     def baselines(self, public: PublicFace) -> Sequence[Baseline]:

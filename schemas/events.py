@@ -13,6 +13,7 @@ import msgspec
 from bascule.schemas.decision import Evidence, Lever, Option
 from bascule.schemas.landscape import Interval, Measured, RewardLandscape
 from bascule.schemas.run import PluginChoice, PluginPin, RunConfig
+from bascule.schemas.sandbox import SandboxReport
 from bascule.schemas.trajectory import EpisodeError, Sampling, Trajectory, Verdict
 
 Kind = Literal["command", "decision", "outcome"]
@@ -28,12 +29,21 @@ class Data(msgspec.Struct, frozen=True, kw_only=True):
     KIND: ClassVar[Kind] = "outcome"
 
 
+#: What blobs are marked with that hold items which must not be published.
+RESTRICTED = "; restricted"
+
+
 class BlobRef(msgspec.Struct, frozen=True, kw_only=True):
     """A content-addressed blob: durable before the event that names it is appended."""
 
     sha256: str
     size: int
     media: str = "application/octet-stream"
+
+    @property
+    def restricted(self) -> bool:
+        """Whether exports and pages leave it out unless asked."""
+        return self.media.endswith(RESTRICTED)
 
 
 class RunStarted(Data, frozen=True, kw_only=True):
@@ -47,6 +57,7 @@ class RunStarted(Data, frozen=True, kw_only=True):
     """
 
     TYPE = "bascule.run.started"
+    VERSION = 2
     KIND = "command"
     config: RunConfig
     task_version: str
@@ -366,6 +377,19 @@ class AdapterServed(Data, frozen=True, kw_only=True):
     engine: str
 
 
+class SandboxProbed(Data, frozen=True, kw_only=True):
+    """A service found out, by trying, what confines the code that it runs for others.
+
+    Attributes:
+        worker: the process of the service that found it.
+    """
+
+    TYPE = "bascule.sandbox.probed"
+    service: str
+    worker: str
+    report: SandboxReport
+
+
 class AblationRequested(Data, frozen=True, kw_only=True):
     """Measure the final candidate without one of its parts.
 
@@ -453,6 +477,7 @@ class RunForked(Data, frozen=True, kw_only=True):
     """
 
     TYPE = "bascule.run.forked"
+    VERSION = 2
     KIND = "command"
     run: str
     count: int
@@ -516,6 +541,7 @@ TYPES: dict[tuple[str, int], type[Data]] = {
         AdapterPublished,
         TrainFailed,
         AdapterServed,
+        SandboxProbed,
         AblationRequested,
         RunPaused,
         RunResumed,

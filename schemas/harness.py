@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -11,6 +11,21 @@ from bascule.schemas.errors import HarnessError
 
 MAX_BYTES = 64 * 1024
 REQUIRED = ("harness.py", "manifest.json", "system_prompt.md")
+
+
+class Tunable(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What a parameter may be: one of ``values``, or a number from ``low`` to ``high``.
+
+    Attributes:
+        log: whether the numbers are to be searched on a logarithmic scale.
+        integer: whether they are integers.
+    """
+
+    values: tuple[Any, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    integer: bool = False
 
 
 class HarnessManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -24,6 +39,15 @@ class HarnessManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         max_output_bytes: what the harness may send (answer, notes, prompts) before it is stopped.
         tools: names of the task's tools that the harness may call.
         params: free parameters; levers edit these, ``harness.py`` reads them.
+        isolation: ``episode``: a process for each episode. ``batch``: a process that runs ``prepare(data, context)`` of
+            ``harness.py`` once, and then forks one for each episode, which finds what it returned in
+            ``context.prepared``.
+        data: what ``prepare`` gets: ``train`` is the task's train items with their answers, without those that are
+            asked; otherwise nothing.
+        packages: installed distributions that the harness imports.
+        prepare_seconds: wall-clock limit of ``prepare``.
+        memory_mb, disk_mb, processes: limits of an episode, and of ``prepare``.
+        tunable: what the author ``tuner`` may set ``params`` to, by parameter.
     """
 
     name: str
@@ -33,6 +57,14 @@ class HarnessManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     max_output_bytes: Annotated[int, msgspec.Meta(ge=1024, le=16 * 1024 * 1024)] = 256 * 1024
     tools: tuple[str, ...] = ()
     params: dict[str, Any] = {}
+    isolation: Literal["episode", "batch"] = "episode"
+    data: Literal["none", "train"] = "none"
+    packages: tuple[str, ...] = ()
+    prepare_seconds: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 120.0
+    memory_mb: Annotated[int, msgspec.Meta(ge=64, le=1 << 20)] = 1024
+    disk_mb: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 16
+    processes: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 32
+    tunable: dict[str, Tunable] = {}
 
 
 class Harness(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from bascule.schemas.errors import ConfigError
+from bascule.schemas.sandbox import SandboxConfig
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -54,6 +55,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
         shard_size: examples in one unit of rollout work.
         concurrency: harness processes at one time on each rollout worker.
         threads: compute threads of the model; 0 leaves it to the machine.
+        sandbox: what harnesses and candidates are confined by.
     """
 
     task: PluginChoice
@@ -70,6 +72,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
     shard_size: Annotated[int, msgspec.Meta(ge=1, le=32)] = 32
     concurrency: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 256
     threads: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
+    sandbox: SandboxConfig = SandboxConfig()
 
 
 class PluginPin(msgspec.Struct, frozen=True, kw_only=True):

@@ -161,6 +161,10 @@ def adapter_served(run: str, adapter: str) -> str:
     return subject(run, "adapter", adapter, "served")
 
 
+def sandbox_probed(run: str, service: str, worker: str) -> str:
+    return subject(run, "sandbox", f"{service}-{worker}", "probed")
+
+
 def ablation_requested(run: str, name: str) -> str:
     return subject(run, "ablation", name, "requested")
 

@@ -36,6 +36,8 @@ STEPS: tuple[Upcast, ...] = (
     Upcast("bascule.train.started", 1, 2, _same),  # versions
     Upcast("bascule.adapter.checkpointed", 1, 2, _same),  # base
     Upcast("bascule.adapter.published", 1, 2, _same),  # data_digest, metrics, base
+    Upcast("bascule.run.started", 1, 2, _same),  # RunConfig.sandbox
+    Upcast("bascule.run.forked", 1, 2, _same),  # RunConfig.sandbox
 )
 
 

@@ -7,12 +7,12 @@ kind with one item per group, so that their items are independent; train has all
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
-from bascule.plugins.task import Baseline, Example, PublicFace
+from bascule.plugins.task import Baseline, Example, PublicFace, Tool
 from bascule.plugins.tasks.harness_files import reference_files
 from bascule.plugins.tasks.splits import best_constant, constant_baseline, seeded_order, split_seed
 from bascule.schemas.events import Split
@@ -127,7 +127,7 @@ class Arith:
             params={"form": "chat", "extract": "last_integer", "max_tokens": 12},
         )
 
-    def tools(self) -> Mapping[str, Callable[[dict[str, Any]], Awaitable[str]]]:
+    def tools(self, example: Example) -> Mapping[str, Tool]:
         return {}
 
     def baselines(self, public: PublicFace) -> Sequence[Baseline]:

@@ -6,10 +6,10 @@ rows of such groups are in no split, so that no group straddles. ``dev`` is 400 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bascule.plugins.task import Baseline, Example, PublicFace
+from bascule.plugins.task import Baseline, Example, PublicFace, Tool
 from bascule.plugins.tasks.harness_files import reference_files
 from bascule.plugins.tasks.spaceship_data import ANSWER, LICENCE, SOURCE, Row, group_of, private_truths, public_rows
 from bascule.plugins.tasks.splits import best_constant, constant_baseline, rule_baseline, split_seed
@@ -119,7 +119,7 @@ class Spaceship:
             params={"form": "chat", "extract": {"choice": list(ANSWERS)}, "max_tokens": 4},
         )
 
-    def tools(self) -> Mapping[str, Callable[[dict[str, Any]], Awaitable[str]]]:
+    def tools(self, example: Example) -> Mapping[str, Tool]:
         return {}
 
     def baselines(self, public: PublicFace) -> Sequence[Baseline]:

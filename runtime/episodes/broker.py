@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import signal
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import structs
 
 from bascule.plugins.engine import Engine, Message, SampleRequest, asked
+from bascule.plugins.task import Tool
 from bascule.runtime.episodes.episode import Limits, Outcome, StopEpisode
 from bascule.runtime.episodes.host import EpisodeProcessError
 from bascule.runtime.episodes.pool import HarnessPool
@@ -31,9 +32,6 @@ from bascule.schemas.trajectory import (
     Trajectory,
     pack_ids,
 )
-
-Tool = Callable[[dict[str, Any]], Awaitable[str]]
-"""A tool of a task: JSON arguments in, text out; an exception is the tool's error, and the harness is told."""
 
 ErrorKind = Literal["crash", "timeout", "output-limit", "call-limit", "protocol", "no-answer", "engine"]
 

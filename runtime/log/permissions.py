@@ -51,9 +51,11 @@ def _events(*patterns: str) -> tuple[str, ...]:
 APPENDS: Final = {
     # The first harness, its candidate and its episodes; the end of a run whose task has no usable harness.
     "meta": Appends(_events("harness.g00.outcome", "candidate.g00.proposed", "episodes.*.requested", "run.run.end")),
-    "rollout": Appends(_events("traj.*.logged", "adapter.*.served")),
+    "rollout": Appends(_events("traj.*.logged", "adapter.*.served", "sandbox.*.probed")),
     # The verifier is the notary too: it checkpoints the log.
-    "verifier": Appends(_events("traj.*.scored", "eval.*.completed", "candidate.*.gate", "log.*.*")),
+    "verifier": Appends(
+        _events("traj.*.scored", "eval.*.completed", "candidate.*.gate", "log.*.*", "sandbox.*.probed")
+    ),
     "feedback": Appends(
         _events(
             "decision.*.lever",
@@ -62,6 +64,7 @@ APPENDS: Final = {
             "episodes.*.requested",
             "train.*.requested",
             "call.*.outcome",
+            "sandbox.*.probed",
             "run.run.end",
         )
     ),

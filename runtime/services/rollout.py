@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from bascule.plugins.engine import Engine
-from bascule.runtime.episodes.broker import EpisodeSpec, Tool, run_episode
+from bascule.plugins.task import Tool
+from bascule.runtime.episodes.broker import EpisodeSpec, run_episode
 from bascule.runtime.episodes.pool import HarnessPool
 from bascule.runtime.state import RunState
 from bascule.runtime.work import work_off
@@ -171,10 +172,11 @@ class Rollout:
         harness = view.state.harnesses[request.harness]
         public = view.world.public
         adapter = served_name(view.run, request.adapter) if request.adapter else None
+        example = public.split(request.split)[position]
         spec = EpisodeSpec(
             trajectory=name,
             harness=harness,
-            example=public.split(request.split)[position].input,
+            example=example.input,
             sampling=request.sampling,
             seed=seed_of(request.seed, position, sample),
             adapter=adapter,
@@ -182,7 +184,7 @@ class Rollout:
         )
         view.logger.info("episode.started", trajectory=name)
         started = view.clock()
-        trajectory = view.redaction.value(await episodes(spec, engine, view.world.task.tools()))
+        trajectory = view.redaction.value(await episodes(spec, engine, view.world.task.tools(example)))
         if trajectory.error is not None and trajectory.error.kind == "engine":
             # Not the policy's failure, so no trajectory: the service stops, and the episode runs after a resume.
             raise EngineError(f"The engine could not answer {name}: {trajectory.error.message}")

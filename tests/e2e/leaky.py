@@ -89,7 +89,7 @@ class Leaky:
             "system_prompt.md": f"Your key is {KEY}.\n",
         }
 
-    def tools(self) -> dict[str, Any]:
+    def tools(self, example: Example) -> dict[str, Any]:
         if Leaky.faults:
             Leaky.faults -= 1
             raise RuntimeError(f"no tool for {os.environ[VARIABLE]} at https://me:{PASSWORD}@host with {KEY}")

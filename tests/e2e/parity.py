@@ -54,7 +54,7 @@ class Parity:
             name="chat", system_prompt="Answer.", params={"form": "chat", "extract": "whole", "max_tokens": 3}
         )
 
-    def tools(self) -> dict[str, Any]:
+    def tools(self, example: Example) -> dict[str, Any]:
         return {}
 
     def baselines(self, public: PublicFace) -> Sequence[Baseline]:

@@ -96,7 +96,7 @@ class Gauntlet:
     def harness(self) -> dict[str, str]:
         return {"readme": "no harness"} if self._broken else files("plain")
 
-    def tools(self) -> dict[str, Any]:
+    def tools(self, example: Example) -> dict[str, Any]:
         return {}
 
     def baselines(self, public: PublicFace) -> Sequence[Baseline]:

@@ -18,6 +18,7 @@ from bascule.schemas.decision import Evidence, Option
 from bascule.schemas.envelope import Envelope, Producer
 from bascule.schemas.landscape import Interval, Measured, RewardLandscape
 from bascule.schemas.run import EvaluationConfig, GateConfig, PluginChoice, PluginPin, RunConfig
+from bascule.schemas.sandbox import Canary, SandboxConfig, SandboxReport
 from bascule.schemas.trajectory import (
     EpisodeError,
     ModelCall,
@@ -63,6 +64,15 @@ CONFIG = RunConfig(
     shard_size=16,
     concurrency=64,
     threads=2,
+    sandbox=SandboxConfig(require=("files", "network"), unsafe=True),
+)
+SANDBOX = SandboxReport(
+    kind="layered",
+    mechanisms=("own root", "landlock 7"),
+    missing=("user namespace: not permitted",),
+    holds=("files",),
+    canaries=(Canary(name="read-planted-secret", layer="files", held=True, control=True, by="own root"),),
+    uid=61000,
 )
 ERROR = EpisodeError(kind="crash", message="The harness exited with status 1 before it answered.")
 CALL = ModelCall(
@@ -320,6 +330,10 @@ def full() -> dict[str, tuple[str, ev.Data]]:
         (
             s.adapter_served(r, "g01-i002"),
             ev.AdapterServed(adapter="g01-i002", sha256=BLOB.sha256, engine="transformers"),
+        ),
+        (
+            s.sandbox_probed(r, "rollout", "1a2b3c"),
+            ev.SandboxProbed(service="rollout", worker="1a2b3c", report=SANDBOX),
         ),
         (
             s.ablation_requested(r, "constant"),

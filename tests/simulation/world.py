@@ -71,7 +71,7 @@ class Task:
     def harness(self) -> dict[str, str]:
         return FIRST
 
-    def tools(self) -> Mapping[str, Any]:
+    def tools(self, example: Example) -> Mapping[str, Any]:
         return {}
 
 

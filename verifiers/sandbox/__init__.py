@@ -1,0 +1,1 @@
+"""The sandbox: what confines the code that agents write."""
