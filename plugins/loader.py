@@ -48,12 +48,13 @@ class Plugins(msgspec.Struct, frozen=True):
         """Version and hash of what provides ``kind:name``, in that version where it is kept."""
         found = next(k for k in self.registry.kinds if k.name == kind)
         found.get(name)
-        owner = found.owners[name]
-        plugin = next(p for p in self.loaded if p.error is None and f"{kind}:{name}" in p.provides)
+        base = found.base(name)
+        owner = found.owners[base]
+        plugin = next(p for p in self.loaded if p.error is None and f"{kind}:{base}" in p.provides)
         return PluginPin(
             kind=kind,
             name=name,
-            version=version if version is not None and (name, version) in found.earlier else found.versions[name],
+            version=version if version is not None and (name, version) in found.earlier else found.versions[base],
             distribution=f"{owner} {plugin.version}",
             hash=plugin.hash,
         )
@@ -94,7 +95,7 @@ def _hash(entry: EntryPoint, module: object) -> str:
 
 
 def _register(manager: pluggy.PluginManager, registry: Registry, module: object, owner: str) -> tuple[str, ...]:
-    before = [dict(k.items) for k in registry.kinds]
+    before = [{*k.items, *k.families} for k in registry.kinds]
     registry.owner = owner
     manager.register(module, name=owner)
     try:
@@ -104,16 +105,18 @@ def _register(manager: pluggy.PluginManager, registry: Registry, module: object,
                 implementation.function(registry)
     except BaseException:
         manager.unregister(module)
-        for kind, items in zip(registry.kinds, before, strict=True):
-            for name in set(kind.items) - set(items):
-                del kind.items[name], kind.owners[name], kind.versions[name]
+        for kind, names in zip(registry.kinds, before, strict=True):
+            for name in {*kind.items, *kind.families} - names:
+                kind.items.pop(name, None)
+                kind.families.pop(name, None)
+                del kind.owners[name], kind.versions[name]
             for key in [k for k in kind.earlier if k[0] not in kind.items]:
                 del kind.earlier[key]
         raise
     return tuple(
         f"{kind.name}:{name}"
-        for kind, items in zip(registry.kinds, before, strict=True)
-        for name in sorted(set(kind.items) - set(items))
+        for kind, names in zip(registry.kinds, before, strict=True)
+        for name in sorted({*kind.items, *kind.families} - names)
     )
 
 

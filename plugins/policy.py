@@ -167,8 +167,19 @@ class TrainEvidence(msgspec.Struct, frozen=True, kw_only=True):
     reward: float | None
 
 
+#: What stands in ``AuthorInput.tried`` for a generation in which the author had no usable edit.
+NO_EDIT = "no edit"
+
+
 class AuthorInput(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that an edit may depend on: the promoted harness, what was tried, train items in full."""
+    """Everything that an edit may depend on: the promoted harness, what was tried, train items in full.
+
+    Attributes:
+        harness: the promoted one.
+        tried: edits of it that did not replace it, by name, and ``NO_EDIT``.
+        answers: of the train items; where ``allows.data`` is false, none of them may go into a harness.
+        restricted: no text of an item may go into a harness.
+    """
 
     generation: int
     seed: int
@@ -208,5 +219,5 @@ class Author(Protocol):
         ...
 
     def edits_left(self, harness: Harness, tried: Sequence[str]) -> int | None:
-        """How many edits of ``harness`` are untried; None if that cannot be said."""
+        """How many edits of ``harness`` are untried; None if that cannot be said. ``tried`` is as in AuthorInput."""
         ...

@@ -30,6 +30,7 @@ class Kind(Generic[T]):
         self.owners: dict[str, str] = {}
         self.versions: dict[str, str] = {}
         self.earlier: dict[tuple[str, str], T] = {}
+        self.families: dict[str, Callable[[str], T]] = {}
 
     def add(self, name: str, item: T, *, owner: str, version: str, earlier: bool = False) -> None:
         """Register ``item``.
@@ -52,6 +53,27 @@ class Kind(Generic[T]):
         self.owners[name] = owner
         self.versions[name] = version
 
+    def add_family(self, prefix: str, make: Callable[[str], T], *, owner: str, version: str) -> None:
+        """Register all names ``prefix:rest`` at once; ``make`` gets the rest. Owned and pinned as ``prefix:``.
+
+        Raises:
+            NameTaken: names both owners.
+        """
+        name = f"{prefix}:"
+        if name in self.families:
+            raise NameTaken(
+                f"Two plugins register the {self.name} family {name!r}: {self.owners[name]} and {owner}.",
+                next_step="Uninstall one of them, or block it with BASCULE_PLUGINS.",
+            )
+        self.families[name] = make
+        self.owners[name] = owner
+        self.versions[name] = version
+
+    def base(self, name: str) -> str:
+        """What ``name`` is registered as: itself, or the family ``prefix:`` that it belongs to."""
+        family = name[: name.find(":") + 1]
+        return family if name not in self.items and family in self.families else name
+
     def get(self, name: str, version: str | None = None) -> T:
         """Look up by name: that version where it is kept, else the present one.
 
@@ -60,10 +82,13 @@ class Kind(Generic[T]):
         """
         if version is not None and (name, version) in self.earlier:
             return self.earlier[name, version]
+        family = self.families.get(self.base(name))
+        if family is not None:
+            return family(name.partition(":")[2])
         try:
             return self.items[name]
         except KeyError:
-            known = ", ".join(sorted(self.items)) or "none"
+            known = ", ".join(sorted([*self.items, *(f"{prefix}<name>" for prefix in self.families)])) or "none"
             raise ConfigError(f"There is no {self.name} {name!r}.", next_step=f"Known: {known}.") from None
 
 
@@ -88,6 +113,10 @@ class Registry:
 
     def task(self, name: str, factory: TaskFactory, *, version: str) -> None:
         self.tasks.add(name, factory, owner=self.owner, version=version)
+
+    def task_family(self, prefix: str, make: Callable[[str], TaskFactory], *, version: str) -> None:
+        """All tasks ``prefix:name``; ``make`` gets the name, and must be light."""
+        self.tasks.add_family(prefix, make, owner=self.owner, version=version)
 
     def policy(
         self, name: str, factory: Callable[[dict[str, Any]], Policy], *, version: str, earlier: bool = False

@@ -74,7 +74,11 @@ class PublicFace(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class PrivateFace(Protocol):
-    """The answers of dev and sealed, and the scorer. Only the scoring process opens it."""
+    """The answers of dev and sealed, and the scorer. Only the scoring process opens it.
+
+    It is opened with the rights of the user that runs Bascule and scores with fewer: it may read any file then, and
+    write none of that user's. An attribute ``seconds`` says how long one verdict takes at most, if that is not 60.
+    """
 
     def score(self, split: Split, example: str, answer: str | None) -> Verdict:
         """Score one answer; ``None`` is an episode without an answer and scores as a failure, not as Unscored."""
@@ -108,6 +112,32 @@ class Baseline(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     answers: dict[str, dict[str, str]]
+
+
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    """A figure that was recorded elsewhere, and how to make it here.
+
+    Attributes:
+        params: the task's parameters that it is made under, over those that are given.
+        baseline, split: whose mean reward it is, and on which split.
+        recorded: what was recorded, of ``source``.
+        tolerance: how far apart the two may be.
+    """
+
+    name: str
+    params: dict[str, Any]
+    baseline: str
+    split: Split
+    recorded: float
+    tolerance: float
+    source: str
+
+
+@runtime_checkable
+class Compares(Protocol):
+    """A task that has recorded figures to compare with has this as well."""
+
+    def comparisons(self) -> Sequence[Comparison]: ...
 
 
 class Task(Protocol):

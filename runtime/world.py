@@ -17,6 +17,7 @@ from bascule.plugins.loader import Plugins, code_hash
 from bascule.plugins.policy import AlgorithmInfo, Author, Policy
 from bascule.plugins.task import PublicFace, Task
 from bascule.runtime.redaction import Redaction
+from bascule.runtime.restricted import withholding
 from bascule.schemas.codec import canonical
 from bascule.schemas.errors import ConfigError
 from bascule.schemas.events import RunStarted, Split
@@ -62,6 +63,11 @@ class World:
     def redaction(self) -> Redaction:
         """What keeps secrets out of what the run records."""
         return Redaction.of(self.plugins.registry)
+
+    @cached_property
+    def withholding(self) -> Redaction | None:
+        """What keeps the items of a restricted task out of events; None for any other task."""
+        return withholding(self.public)
 
     @cached_property
     def policy(self) -> Policy:

@@ -3,65 +3,92 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import os
-import sys
+import socket
 from typing import Any, ClassVar, Self
-
-import msgspec
 
 from bascule.schemas.errors import ScoringError
 from bascule.schemas.events import Split
-from bascule.schemas.trajectory import Unscored, Verdict
-from bascule.verifiers.scoring_process import MAX_FRAME, Open, Ready, Refused, Reply, Request, frame
+from bascule.schemas.sandbox import SandboxConfig, SandboxReport
+from bascule.schemas.trajectory import Trajectory, Unscored, Verdict
+from bascule.verifiers.frames import FramedProcess, Lost, Refused, frame
+from bascule.verifiers.sandbox.server import Confine, Probed
+from bascule.verifiers.scoring_process import Open, Ready, Reply, Request
 
-#: What the process gets of the environment: where it finds itself, its cache and the package index. No keys.
+#: What the server of programs gets of the environment: where it finds itself.
+SERVER_ENVIRONMENT = ("HOME", "LANG", "LC_ALL", "PATH", "PYTHONPATH", "TMPDIR")
+#: What the scoring process gets: a cache and the package index as well. No keys.
 ENVIRONMENT = (
-    *("HOME", "LANG", "LC_ALL", "PATH", "PYTHONPATH", "TMPDIR", "XDG_CACHE_HOME"),
-    *("BASCULE_CACHE", "BASCULE_PLUGINS", "BASCULE_PLUGINS_STRICT"),
+    *SERVER_ENVIRONMENT,
+    *("XDG_CACHE_HOME", "BASCULE_CACHE", "BASCULE_PLUGINS", "BASCULE_PLUGINS_STRICT"),
     *("REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "SSL_CERT_FILE"),
 )
 ENVIRONMENT_PREFIX = "PIP_"
 TRIES = 2
 
 
-class _Lost(Exception):
-    """The process crashed, hung or spoke nonsense."""
-
-
 class Scorer:
-    """Scores answers in a separate process, one at a time, in the order of the calls.
+    """Scores in a separate process, one at a time, in the order of the calls.
 
-    A process that crashes or hangs is killed and started again, and the request that it held is tried once more;
-    after that the request is Unscored. Any number of calls may wait at once. As a context it starts and closes itself.
+    Where the task's scorer runs programs, a second process makes the sandboxes that they run in. One that crashes or
+    hangs is killed with the other and both are started again, and the request that it held is tried once more; after
+    that the request is Unscored. Any number of calls may wait at once. As a context it starts and closes itself.
 
     Args:
         task: name of the task plugin.
         params: its parameters.
-        timeout: seconds for one verdict, counted while the process works on it.
+        sandbox: what programs have to be confined by.
+        report: what the sandbox of this machine is known to hold; probed at the start if it is None.
+        timeout: seconds for one verdict, counted while the process works on it; by default what the private face says.
         start_timeout: seconds for opening the private face, which may fetch data.
+
+    Attributes:
+        restarts: how many times the processes were started again.
+        episodes: the task's scorer scores whole episodes; known once it is started.
+        report: what the sandbox holds that programs run in, once it is started; None if the task runs none.
+        uid: whose process the scoring process is, once it is started.
     """
 
     #: Arguments of the interpreter; -P keeps the working folder off the path.
     command: ClassVar[tuple[str, ...]] = ("-P", "-m", "bascule.verifiers.scoring_process")
+    server_command: ClassVar[tuple[str, ...]] = ("-P", "-m", "bascule.verifiers.sandbox.server")
 
     def __init__(
-        self, task: str, params: dict[str, Any], *, timeout: float = 60.0, start_timeout: float = 600.0
+        self,
+        task: str,
+        params: dict[str, Any],
+        *,
+        sandbox: SandboxConfig | None = None,
+        report: SandboxReport | None = None,
+        timeout: float | None = None,
+        start_timeout: float = 600.0,
     ) -> None:
         self._opening = Open(task=task, params=params)
+        self._sandbox = sandbox if sandbox is not None else SandboxConfig()
         self._open = False
-        self.timeout = timeout
+        self._timeout = timeout
         self.start_timeout = start_timeout
         self.restarts = 0
+        self.episodes = False
+        self.report: SandboxReport | None = None
+        self._known = report
+        self.uid: int | None = None
+        self._seconds = 0.0
         self._ids = itertools.count()
         self._lock = asyncio.Lock()
-        self._process: asyncio.subprocess.Process | None = None
+        self._scoring = FramedProcess("the scoring process", self.command)
+        self._server = FramedProcess("the server of programs", self.server_command)
 
     @property
     def pid(self) -> int | None:
         """The scoring process, while there is one."""
-        return self._process.pid if self._process else None
+        return self._scoring.pid
+
+    @property
+    def server_pid(self) -> int | None:
+        """The server of programs, while there is one."""
+        return self._server.pid
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -71,18 +98,21 @@ class Scorer:
         await self.close()
 
     async def start(self) -> None:
-        """Start the process and open the private face; does nothing if that is done.
+        """Start the processes and open the private face; does nothing if that is done.
 
         Raises:
-            ScoringError: it does not open; says why and what to do.
+            ScoringError: it does not open, or what its programs need is not there; says why and what to do.
         """
         async with self._lock:
             if not self._open:
                 await self._launch()
                 self._open = True
 
-    async def score(self, split: Split, example: str, answer: str | None) -> Verdict:
+    async def score(self, split: Split, example: str, answer: str | None, episode: Trajectory | None = None) -> Verdict:
         """The verdict on one answer. A failure of the runtime or the scorer is Unscored with its reason.
+
+        Args:
+            episode: how the answer came about; a scorer of episodes takes None for an episode without a step.
 
         Raises:
             ScoringError: the scorer is not started, or closed.
@@ -92,102 +122,79 @@ class Scorer:
                 raise ScoringError("The scorer is not running.", next_step="Call start() first.")
             # JSON cannot hold lone surrogates, and an answer is whatever a model wrote.
             text = None if answer is None else answer.encode("utf-8", "replace").decode("utf-8")
-            request = Request(id=next(self._ids), split=split, example=example, answer=text)
+            sent = episode if self.episodes else None
+            request = Request(id=next(self._ids), split=split, example=example, answer=text, episode=sent)
             try:
                 data = frame(request)
-            except ValueError as e:
-                return Unscored(reason=str(e))
+            except (ValueError, UnicodeEncodeError) as e:
+                return Unscored(reason=f"The episode cannot be sent to the scorer: {e}")
             reason = ""
             for _ in range(TRIES):
                 try:
-                    if self._process is None:
+                    if self._scoring.pid is None:
                         self.restarts += 1
                         await self._launch()
                     return await self._exchange(request.id, data)
-                except (_Lost, ScoringError) as e:
+                except (Lost, ScoringError) as e:
                     reason = str(e)
             return Unscored(reason=f"Tried {TRIES} times: {reason}")
 
     async def close(self) -> None:
-        """End the process; calls that wait get a ScoringError."""
+        """End the processes; calls that wait get a ScoringError."""
         async with self._lock:
             self._open = False
             await self._kill()
 
     async def _launch(self) -> None:
+        """Start both processes, with a socket between them; none of them is there if that fails."""
+        await self._kill()
         environment = {k: v for k, v in os.environ.items() if k in ENVIRONMENT or k.startswith(ENVIRONMENT_PREFIX)}
-        # Its own session keeps a terminal's interrupt away, so that what is being scored at a drain gets its verdict.
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, *self.command, str(os.getpid())),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,
-        )
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            try:
+                ready: Ready = await self._started(
+                    self._scoring, environment, ours, frame(self._opening), Ready | Refused
+                )
+                if ready.programs:
+                    confine = frame(Confine(config=self._sandbox, report=self._known))
+                    bare = {k: v for k, v in environment.items() if k in SERVER_ENVIRONMENT}
+                    probed: Probed = await self._started(self._server, bare, theirs, confine, Probed | Refused)
+                    self.report = self._known = probed.report
+            except BaseException:
+                await self._kill()
+                raise
+        self.episodes, self.uid = ready.episodes, ready.uid
+        self._seconds = self._timeout if self._timeout is not None else ready.seconds
+
+    async def _started(
+        self, process: FramedProcess, environment: dict[str, str], channel: socket.socket, opening: bytes, type_: Any
+    ) -> Any:
         try:
-            answer: Ready | Refused = await self._talk(frame(self._opening), Ready | Refused, self.start_timeout)
-        except _Lost as e:
+            await process.start(environment, channel)
+            answer = await process.ask(opening, type_, self.start_timeout)
+        except Lost as e:
             raise ScoringError(
-                f"The scoring process of the task {self._opening.task!r} does not start: {e}",
+                f"The task {self._opening.task!r} cannot be scored, since a process does not start: {e}",
                 next_step="Check that the task's plugin loads: bascule plugins.",
             ) from e
         if isinstance(answer, Refused):
-            await self._kill()
             raise ScoringError(answer.message, next_step=answer.next_step)
+        return answer
 
     async def _exchange(self, identity: int, data: bytes) -> Verdict:
-        reply: Reply = await self._talk(data, Reply, self.timeout)
-        if reply.id != identity:
-            await self._kill()
-            raise _Lost(f"the scoring process answered request {reply.id} instead of {identity}.")
-        return reply.verdict
-
-    async def _talk(self, data: bytes, type_: Any, seconds: float) -> Any:
-        """Send one frame and read one; on any failure, being cancelled included, the process is gone.
-
-        Raises:
-            _Lost: with the reason.
-        """
         try:
-            async with asyncio.timeout(seconds):
-                return msgspec.json.decode(await self._roundtrip(data), type=type_)
-        except TimeoutError:
-            await self._kill()
-            raise _Lost(f"the scoring process gave no answer within {seconds:g} s.") from None
-        except (OSError, EOFError, msgspec.DecodeError) as e:
-            await self._kill()
-            raise _Lost(f"the scoring process ended or broke its protocol ({type(e).__name__}).") from e
+            reply: Reply = await self._scoring.ask(data, Reply, self._seconds)
         except BaseException:
-            # The answer may still come: a process that owes one must not meet the next request.
+            # What the scoring process asked the server for is of no use to the next one.
             await self._kill()
             raise
-
-    async def _roundtrip(self, data: bytes) -> bytes:
-        process = self._process
-        if process is None or process.stdin is None or process.stdout is None:
-            raise EOFError
-        process.stdin.write(data)
-        await process.stdin.drain()
-        size = int.from_bytes(await process.stdout.readexactly(4), "big")
-        if size > MAX_FRAME:
-            raise EOFError
-        return await process.stdout.readexactly(size)
+        if reply.id != identity:
+            await self._kill()
+            raise Lost(f"the scoring process answered request {reply.id} instead of {identity}.")
+        return reply.verdict
 
     async def _kill(self) -> None:
-        process, self._process = self._process, None
-        if process is None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        if process.stdin is not None:
-            process.stdin.close()
-        # A killed process ends at once. Were a cancelled wait to leave it, its transport would outlive the loop.
-        cancelled: asyncio.CancelledError | None = None
-        while process.returncode is None:
-            try:
-                await process.wait()
-            except asyncio.CancelledError as e:
-                cancelled = e
-        if cancelled is not None:
-            raise cancelled
+        try:
+            await self._scoring.kill()
+        finally:
+            await self._server.kill()

@@ -1,36 +1,41 @@
 """The scoring process: the only one that opens a task's private face.
 
-Run as ``python -P -m bascule.verifiers.scoring_process PARENT_PID``. Frames on standard input and output are a 4-byte
-big-endian length and that many bytes of JSON: first :class:`Open`, answered by :class:`Ready` or :class:`Refused`, then
-any number of :class:`Request`, each answered by a :class:`Reply` in the same order. It ends with its input or parent.
+Run as ``python -P -m bascule.verifiers.scoring_process PARENT_PID CHANNEL``. Frames on standard input and output: first
+:class:`Open`, answered by :class:`Ready` or :class:`~bascule.verifiers.frames.Refused`, then any number of
+:class:`Request`, each answered by a :class:`Reply` in the same order. It ends with its input or parent. ``CHANNEL`` is
+the socket on which a server runs programs for it, where its task's scorer needs that.
 
-Only verdicts leave it. An exception's text may quote the truth, so only its class and place are told.
+Only verdicts leave it. An exception's text may quote the truth, so only its class and place are told. Where it is
+started as root it opens the private face as root, and then becomes a user of its own
+(:mod:`bascule.verifiers.privileges`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import os
-import signal
+import socket
 import sys
-import traceback
 from collections.abc import Callable
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import msgspec
 
+from bascule.plugins.canary import Canaries, canary_key
 from bascule.plugins.loader import plugins
-from bascule.plugins.task import PrivateFace
+from bascule.plugins.task import PrivateFace, RunsPrograms, ScoresEpisodes
 from bascule.schemas.errors import BasculeError
 from bascule.schemas.events import Split
-from bascule.schemas.trajectory import Scored, Unscored, Verdict
+from bascule.schemas.trajectory import ModelCall, Scored, Trajectory, Unscored, Verdict
+from bascule.verifiers.frames import Refused, frame, own_streams, read_frame, where
+from bascule.verifiers.privileges import die_with, drop, shield
+from bascule.verifiers.sandbox.served import ServedPrograms
 
-MAX_FRAME = 64 * 1024 * 1024
-_HEADER = 4
-_PR_SET_PDEATHSIG = 1
-T = TypeVar("T")
+#: What one verdict takes at most, unless a private face has an attribute ``seconds`` that says otherwise.
+VERDICT_SECONDS = 60.0
+#: Canaries that stand in the process's environment, besides those in its memory.
+IN_ENVIRONMENT = 8
 
 
 class Open(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,23 +46,29 @@ class Open(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
-    """The private face is open."""
+    """The private face is open.
 
+    Attributes:
+        programs: it runs programs, and waits for a server of them.
+        episodes: it scores whole episodes, not answers.
+        seconds: the most that one verdict takes.
+        uid: whose process it is now.
+    """
 
-class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
-    """The private face cannot be opened."""
-
-    message: str
-    next_step: str | None = None
+    programs: bool = False
+    episodes: bool = False
+    seconds: float = VERDICT_SECONDS
+    uid: int = 0
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """Score one answer; ``id`` comes back with the verdict."""
+    """Score one answer; ``id`` comes back with the verdict. ``episode`` is there where the face scores episodes."""
 
     id: int
     split: Split
     example: str
     answer: str | None
+    episode: Trajectory | None = None
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,39 +78,15 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
     verdict: Verdict
 
 
-def frame(message: msgspec.Struct) -> bytes:
-    """Encode one message with its length in front.
-
-    Raises:
-        ValueError: it is over 64 MiB.
-    """
-    body = msgspec.json.encode(message)
-    if len(body) > MAX_FRAME:
-        raise ValueError(f"A message of {len(body)} bytes is over the limit of {MAX_FRAME}.")
-    return len(body).to_bytes(_HEADER, "big") + body
-
-
-def read_frame(stream: BinaryIO, type_: type[T]) -> T | None:
-    """The next message, or None at the end of the stream, also within a message."""
-    header = stream.read(_HEADER)
-    if len(header) < _HEADER:
-        return None
-    size = int.from_bytes(header, "big")
-    body = stream.read(size)
-    return msgspec.json.decode(body, type=type_) if len(body) == size else None
-
-
-def where(error: BaseException) -> str:
-    """Class of an exception and the place it was raised at, without its text."""
-    frames = traceback.extract_tb(error.__traceback__)
-    last = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
-    return type(error).__name__ + last
-
-
 def judge(face: PrivateFace, request: Request) -> Verdict:
     """The task's verdict, checked; whatever goes wrong in a scorer is Unscored, never a reward."""
     try:
-        verdict = face.score(request.split, request.example, request.answer)
+        if isinstance(face, ScoresEpisodes):
+            # An answer that no harness gave, a baseline's for instance, is an episode without a step.
+            episode = request.episode if request.episode is not None else Trajectory(answer=request.answer)
+            verdict = face.score_episode(request.split, request.example, episode)
+        else:
+            verdict = face.score(request.split, request.example, request.answer)
     except Exception as e:
         return Unscored(reason=f"The scorer failed: {where(e)}.")
     if isinstance(verdict, Unscored):
@@ -108,18 +95,64 @@ def judge(face: PrivateFace, request: Request) -> Verdict:
         return Unscored(reason=f"The scorer returned a {type(verdict).__name__}, which is no verdict.")
     try:
         reward, *steps = map(float, (verdict.reward, *verdict.steps))
+        # A scorer's numpy scalars would not encode.
+        passed = None if verdict.passed is None else bool(verdict.passed)
+        well_formed = bool(verdict.well_formed)
     except (TypeError, ValueError, OverflowError) as e:
         return Unscored(reason=f"The scorer gave a reward that is no number: {type(e).__name__}.")
     odd = [r for r in (reward, *steps) if not math.isfinite(r)]
     if odd:
         return Unscored(reason=f"The scorer gave the reward {odd[0]}, which is not finite.")
-    # A scorer's numpy scalars would not encode.
-    passed = None if verdict.passed is None else bool(verdict.passed)
-    return Scored(reward=reward, passed=passed, well_formed=bool(verdict.well_formed), steps=tuple(steps))
+    checked = Scored(reward=reward, passed=passed, well_formed=well_formed, steps=tuple(steps))
+    return checked if request.episode is None else fitting(checked, request.episode)
 
 
-def serve(source: BinaryIO, sink: BinaryIO, open_face: Callable[[str, dict[str, Any]], PrivateFace]) -> None:
-    """Answer frames until the source ends."""
+def fitting(verdict: Verdict, episode: Trajectory) -> Verdict:
+    """``verdict``, unless its step rewards are not one for each model call of the episode; then Unscored."""
+    if not isinstance(verdict, Scored) or not verdict.steps:
+        return verdict
+    calls = sum(isinstance(step, ModelCall) for step in episode.steps)
+    if len(verdict.steps) == calls:
+        return verdict
+    return Unscored(reason=f"The scorer gave {len(verdict.steps)} step rewards for {calls} model calls.")
+
+
+class _Judge:
+    """Verdicts of an open private face, and what its programs have to do with them."""
+
+    def __init__(self, face: PrivateFace, channel: socket.socket | None) -> None:
+        self._face = face
+        self._programs = ServedPrograms(channel) if isinstance(face, RunsPrograms) and channel is not None else None
+        self._unusable: str | None = None
+        if isinstance(face, RunsPrograms):
+            try:
+                if self._programs is None:
+                    raise ValueError("no channel")
+                face.use(self._programs)
+            except Exception as e:
+                self._unusable = f"The scorer cannot run programs: {where(e)}."
+
+    @property
+    def lost(self) -> bool:
+        """The server of programs is gone; this process has to be started again with a new one."""
+        return self._programs is not None and self._programs.lost
+
+    def verdict(self, request: Request) -> Verdict:
+        if self._unusable is not None:
+            return Unscored(reason=self._unusable)
+        if self._programs is None:
+            return judge(self._face, request)
+        self._programs.failure = None
+        verdict = judge(self._face, request)
+        # A scorer may take a program that could not be run for one that failed.
+        return verdict if self._programs.failure is None else Unscored(reason=self._programs.failure)
+
+
+OpenFace = Callable[[str, dict[str, Any]], PrivateFace]
+
+
+def serve(source: BinaryIO, sink: BinaryIO, open_face: OpenFace, channel: socket.socket | None = None) -> None:
+    """Answer frames until the source ends or the server of programs is gone."""
 
     def send(message: msgspec.Struct) -> None:
         sink.write(frame(message))
@@ -130,40 +163,48 @@ def serve(source: BinaryIO, sink: BinaryIO, open_face: Callable[[str, dict[str, 
         return
     try:
         face = open_face(opening.task, opening.params)
+        ready = Ready(
+            programs=isinstance(face, RunsPrograms),
+            episodes=isinstance(face, ScoresEpisodes),
+            seconds=float(getattr(face, "seconds", VERDICT_SECONDS)),
+            uid=drop(),
+        )
     except BasculeError as e:
         send(Refused(message=e.message, next_step=e.next_step))
         return
     except Exception as e:
         send(Refused(message=f"The private face of the task {opening.task!r} does not open: {where(e)}."))
         return
-    send(Ready())
-    while (request := read_frame(source, Request)) is not None:
-        send(Reply(id=request.id, verdict=judge(face, request)))
+    send(ready)
+    judging = _Judge(face, channel)
+    while not judging.lost and (request := read_frame(source, Request)) is not None:
+        verdict = judging.verdict(request)
+        if judging.lost:
+            return  # no verdict: the request is made again to the next process
+        send(Reply(id=request.id, verdict=verdict))
+
+
+_planted: list[Canaries] = []
 
 
 def open_private(task: str, params: dict[str, Any]) -> PrivateFace:
-    """Open the private face of an installed task."""
-    return plugins().registry.tasks.get(task)(params).private()
+    """Open the private face of an installed task, with canaries in this process's memory and environment."""
+    opened = plugins().registry.tasks.get(task)(params)
+    canaries = Canaries.of(canary_key(), task, opened.public())
+    _planted.append(canaries)
+    for number, token in enumerate(list(canaries.tokens)[:IN_ENVIRONMENT]):
+        os.environ[f"BASCULE_TRUTH_{number}"] = token
+    return opened.private()
 
 
-def die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies."""
-    with contextlib.suppress(OSError, AttributeError):  # not on Linux: the end of standard input ends it too
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the request reached the kernel
-        os._exit(1)
-
-
-def main(open_face: Callable[[str, dict[str, Any]], PrivateFace] = open_private) -> None:
+def main(open_face: OpenFace = open_private) -> None:
     die_with(int(sys.argv[1]))
-    # The protocol gets a descriptor of its own: what a scorer prints goes nowhere, least of all into a frame or a log.
-    sink = os.fdopen(os.dup(1), "wb")
-    source = os.fdopen(os.dup(0), "rb")
-    with open(os.devnull, "r+b") as null:
-        for standard in (0, 1, 2):
-            os.dup2(null.fileno(), standard)
+    shield()
+    channel = socket.socket(fileno=int(sys.argv[2]))
+    channel.set_inheritable(False)
+    source, sink = own_streams()
     with contextlib.suppress(BrokenPipeError):
-        serve(source, sink, open_face)
+        serve(source, sink, open_face, channel)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ops.bench.report import show
 
-BENCHES = ("algorithms", "engine", "log", "loop", "publish", "train")
+BENCHES = ("algorithms", "engine", "log", "loop", "publish", "sandbox", "train")
 
 
 def main() -> None:

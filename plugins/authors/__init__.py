@@ -15,6 +15,13 @@ def _operators(params: dict[str, Any]) -> Author:
     return Operators(params)
 
 
+def _tuner(params: dict[str, Any]) -> Author:
+    from bascule.plugins.authors.tuner import make
+
+    return make(params)
+
+
 @hookimpl
 def bascule_register(registry: Registry) -> None:
     registry.author("operators", _operators, version="1")
+    registry.author("tuner", _tuner, version="1")

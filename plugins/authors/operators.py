@@ -2,6 +2,7 @@
 
 Every edit is a named operator on the parameters and the system prompt of the reference harness, tried once on the same
 harness. Which comes next follows from the promoted harness, its landscape on train, and what became of earlier edits.
+Few-shot examples are train items with their answers: no operator draws any where those must not enter a harness.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import msgspec
 
 from bascule.plugins.authors.shots import choose_shots
-from bascule.plugins.policy import AuthorInput, CallResult, Generation, HarnessEdit, NoEdit
+from bascule.plugins.policy import NO_EDIT, AuthorInput, CallResult, Generation, HarnessEdit, NoEdit
 from bascule.plugins.tasks.harness_files import manifest_text
 from bascule.schemas.errors import ConfigError
 from bascule.schemas.harness import Harness, HarnessManifest
@@ -150,11 +151,16 @@ def ranked(given: AuthorInput) -> list[Operator]:
     failed = Counter(
         OPERATORS[g.edit].family for g in given.history if g.edit in OPERATORS and g.outcome in ("rejected", "failed")
     )
-    left = untried(given.harness, given.tried)
+    left = [o for o in untried(given.harness, given.tried) if o.shots is None or _may_quote(given)]
     if not left:
         return []
     order = ORDERS[situation(given.harness.manifest.params, given.history)]
     return sorted(left, key=lambda o: (failed[o.family], order.index(o.family)))
+
+
+def _may_quote(given: AuthorInput) -> bool:
+    """Whether train items and their answers may stand in a harness."""
+    return given.allows.data and not given.restricted
 
 
 def apply(given: AuthorInput, operator: Operator) -> dict[str, str]:
@@ -195,7 +201,9 @@ class Operators:
             # With hardly a train item, other shots may turn out to be the same ones.
             if files != given.harness.files:
                 return HarnessEdit(files=files, edit=operator.name)
-        return NoEdit(reason="Every operator that applies to the promoted harness was tried.")
+        without = "" if _may_quote(given) else ", and the task lets no train items into a harness"
+        return NoEdit(reason=f"Every operator that applies to the promoted harness was tried{without}.")
 
     def edits_left(self, harness: Harness, tried: Sequence[str]) -> int:
-        return len(untried(harness, tried))
+        # After a generation without an edit none is left but those with examples, which the task does not let in.
+        return len([o for o in untried(harness, tried) if o.shots is None or NO_EDIT not in tried])

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bascule.plugins.task import Baseline, Example, PublicFace, Tool
+from bascule.plugins.task import Allows, Baseline, Example, PublicFace, Tool
 from bascule.plugins.tasks.harness_files import reference_files
-from bascule.plugins.tasks.spaceship_data import ANSWER, LICENCE, SOURCE, Row, group_of, private_truths, public_rows
+from bascule.plugins.tasks.sia_data import WHEEL, Row
+from bascule.plugins.tasks.spaceship_classical import boosted
+from bascule.plugins.tasks.spaceship_data import ANSWER, LICENCE, NAME, SOURCE, group_of, private_truths, public_rows
 from bascule.plugins.tasks.splits import best_constant, constant_baseline, rule_baseline, split_seed
 from bascule.schemas.events import Split
 from bascule.schemas.trajectory import Scored, Verdict
@@ -70,8 +72,9 @@ class SpaceshipPrivate:
 class Spaceship:
     """The task ``spaceship-titanic``. Parameter: ``split_seed`` (0) of dev."""
 
-    name = "spaceship-titanic"
+    name = NAME
     summary = "Kaggle's Spaceship Titanic as text: was the passenger transported? True or False"
+    wheels = (WHEEL,)
 
     def __init__(self, params: dict[str, Any]) -> None:
         self.seed = split_seed(self.name, params)
@@ -91,7 +94,7 @@ class Spaceship:
         }
         return PublicFace(
             name=self.name,
-            version="1",
+            version="2",
             description=(
                 "Passengers of a spaceship that met an anomaly; about half were transported to another dimension. "
                 "Given one passenger's record, answer True if that passenger was transported, otherwise False. "
@@ -104,6 +107,7 @@ class Spaceship:
             max_answer_tokens=2,
             source=SOURCE,
             licence=LICENCE,
+            allows=Allows(packages=("numpy", "scipy", "scikit-learn"), memory_mb=4096, disk_mb=64),
         )
 
     def private(self) -> SpaceshipPrivate:
@@ -123,12 +127,14 @@ class Spaceship:
         return {}
 
     def baselines(self, public: PublicFace) -> Sequence[Baseline]:
-        """The majority of train, both constants, and the CryoSleep rule."""
+        """The majority of train, both constants, the CryoSleep rule, and gradient boosting fitted on train."""
+        boosting = boosted(public)
         return (
             constant_baseline("train-majority", public, best_constant(public)),
             constant_baseline("all-False", public, "False"),
             constant_baseline("all-True", public, "True"),
             rule_baseline("cryosleep-rule", public, cryosleep_rule),
+            rule_baseline("gradient-boosting", public, lambda e: boosting[e.id]),
         )
 
     def defaults(self) -> dict[str, Any]:

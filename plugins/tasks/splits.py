@@ -18,15 +18,17 @@ def seeded_order(items: Iterable[T], key: Callable[[T], str], salt: str) -> list
     return sorted(items, key=lambda item: hashlib.sha256(f"{salt}\0{key(item)}".encode()).digest())
 
 
-def split_seed(task: str, params: dict[str, Any]) -> int:
-    """The one parameter that the built-in tasks have.
+def split_seed(task: str, params: dict[str, Any], others: Iterable[str] = ()) -> int:
+    """The one parameter that the built-in tasks have in common; ``others`` are further ones of this task.
 
     Raises:
         ConfigError: another parameter, or a seed that is no integer of at least 0.
     """
-    unknown = sorted(set(params) - {"split_seed"})
+    known = ["split_seed", *others]
+    unknown = sorted(set(params) - set(known))
     if unknown:
-        raise ConfigError(f"The task {task} has no parameter {unknown[0]!r}.", next_step="Its only one is split_seed.")
+        only = "Its only one is split_seed." if len(known) == 1 else f"It has {', '.join(known)}."
+        raise ConfigError(f"The task {task} has no parameter {unknown[0]!r}.", next_step=only)
     seed = params.get("split_seed", 0)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ConfigError(f"split_seed of the task {task} is {seed!r}.", next_step="Give an integer of at least 0.")

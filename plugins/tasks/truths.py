@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 
@@ -31,33 +32,48 @@ def kept_truths(task: str, name: str, make: Callable[[], Truths]) -> Truths:
     """The truths in the private file ``name``, which is written from ``make()`` if it is not there.
 
     Args:
-        task: name of the task, which its canaries follow from.
+        task: name that the task is registered under, which its canaries follow from.
         name: of the file, with everything that the truths depend on: task, layout, seed.
 
     Raises:
-        ConfigError: the file is damaged, or ``make`` cannot get the data.
+        ConfigError: the file is damaged, or ``make`` cannot get the data, or the private folder cannot be used.
     """
     path = private_folder() / f"{name}.jsonl"
+    key = canary_key()
     if not path.exists():
-        key = canary_key()
-        lines = [
-            msgspec.json.encode(_Kept(split, example, truth, canary(key, task, split, example)))
-            for split, found in make().items()
-            for example, truth in found.items()
-        ]
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".truths-")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(b"\n".join(lines))
-            os.rename(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    out: Truths = {}
+        _keep(path, key, task, make())
+    truths, found = _read(path)
+    if found != [canary(key, task, split, example) for split, by_id in truths.items() for example in by_id]:
+        _keep(path, key, task, truths)  # the key was made anew: a search would not know these canaries
+    return truths
+
+
+def _keep(path: Path, key: bytes, task: str, truths: Truths) -> None:
+    """Write the file, whole or not at all."""
+    lines = [
+        msgspec.json.encode(_Kept(split, example, truth, canary(key, task, split, example)))
+        for split, found in truths.items()
+        for example, truth in found.items()
+    ]
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".truths-")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(b"\n".join(lines))
+        os.rename(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _read(path: Path) -> tuple[Truths, list[str]]:
+    """The truths, and the canaries in the same order."""
+    truths: Truths = {}
+    canaries: list[str] = []
     try:
         for line in path.read_bytes().splitlines():
             kept = msgspec.json.decode(line, type=_Kept)
-            out.setdefault(kept.split, {})[kept.example] = kept.truth
-    except msgspec.DecodeError as e:
+            truths.setdefault(kept.split, {})[kept.example] = kept.truth
+            canaries.append(kept.canary)
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
         raise ConfigError(f"The truths in {path} are damaged: {e}.", next_step="Delete it; it is made again.") from e
-    return out
+    return truths, canaries

@@ -14,6 +14,7 @@ from bascule.schemas.codec import DecisionHash
 from bascule.schemas.decision import Lever
 from bascule.schemas.envelope import Recorded
 from bascule.schemas.landscape import Interval
+from bascule.schemas.trajectory import Unscored
 
 
 class GenerationRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,10 +39,27 @@ class GenerationRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BaselineRow(msgspec.Struct, frozen=True, kw_only=True):
-    """What a constant or a simple rule scores on the sealed split."""
+    """What a constant or a simple rule scores on the sealed split.
+
+    Attributes:
+        sealed: the score; None if no example has a verdict.
+        unscored: examples without a verdict; ``reason`` is that of the first.
+    """
 
     name: str
-    sealed: float
+    sealed: float | None
+    unscored: int = 0
+    reason: str = ""
+
+
+class SandboxRow(msgspec.Struct, frozen=True, kw_only=True):
+    """What confined the code that a service ran for others, as it found out by trying."""
+
+    service: str
+    kind: str
+    holds: tuple[str, ...]
+    mechanisms: tuple[str, ...]
+    missing: tuple[str, ...]
 
 
 class RunReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +69,11 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
         seconds: from the first event to the last, time in which no service ran included.
         repeated_rollouts, repeated_updates: started although the log already held their outcome; 0 if all is well.
             Counted from the services' own log, which is a diagnosis and not evidence.
+        regime: the rules that the task was played under, where it has several; scores of two do not compare.
+        unsafe: harnesses and candidates ran without a sandbox: no score of this run can be trusted.
+        sandbox: what confined them, by service.
+        unscored: trajectories without a verdict.
+        looks: how many times the sealed split of this task has been looked at in this log, this run included.
     """
 
     run: str
@@ -73,6 +96,11 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     repeated_rollouts: int = 0
     repeated_updates: int = 0
     picture: str | None = None
+    regime: str = ""
+    unsafe: bool = False
+    sandbox: tuple[SandboxRow, ...] = ()
+    unscored: int = 0
+    looks: int = 0
 
 
 #: A generation lasts from its lever (or the run's start) to its gate or failure.
@@ -98,6 +126,11 @@ def _seconds(span: tuple[str, str] | None) -> float:
     return (last - first).total_seconds()
 
 
+def _weaker(known: SandboxRow | None, found: SandboxRow) -> SandboxRow:
+    """Of two workers of a service, the one whose sandbox holds less: the run is as safe as that."""
+    return found if known is None or len(found.holds) <= len(known.holds) else known
+
+
 def _reason(state: RunState) -> str:
     return state.end.reason if state.end is not None else state.paused or ""
 
@@ -112,6 +145,8 @@ class Reporter:
         self._sealed_tokens = 0
         self._span: tuple[str, str] | None = None
         self._loops: dict[int, tuple[str, str]] = {}
+        self._sandbox: dict[str, SandboxRow] = {}
+        self._unscored = 0
 
     def add(self, event: Recorded) -> None:
         """Take the run's next event."""
@@ -122,6 +157,14 @@ class Reporter:
             self._span = _widened(self._span, time)
             if isinstance(data, ev.TrajectoryLogged):
                 self._count(data)
+        if isinstance(data, ev.TrajectoryScored) and isinstance(data.verdict, Unscored):
+            self._unscored += 1
+        if isinstance(data, ev.SandboxProbed):
+            r = data.report
+            row = SandboxRow(
+                service=data.service, kind=r.kind, holds=r.holds, mechanisms=r.mechanisms, missing=r.missing
+            )
+            self._sandbox[data.service] = _weaker(self._sandbox.get(data.service), row)
         if isinstance(data, IN_THE_LOOP):
             self._loops[step] = _widened(self._loops.get(step), time)
 
@@ -158,6 +201,10 @@ class Reporter:
             seconds=_seconds(self._span),
             events=state.events,
             decision_hash=self._hash.hexdigest(),
+            regime=str(config.task.params.get("regime", "")),
+            unsafe=config.sandbox.unsafe or any(row.kind == "unsafe" for row in self._sandbox.values()),
+            sandbox=tuple(self._sandbox.values()),
+            unscored=self._unscored,
         )
 
     def _rows(self) -> tuple[GenerationRow, ...]:
@@ -247,8 +294,10 @@ def draw(result: RunReport, path: Path) -> None:
         right.set_xticks((0, 1), (f"before\n{s.before:.3f}", f"after\n{s.after:.3f}"))
         right.set_title(f"sealed, n={s.n}, p={s.p:.2g}", fontsize=10)
     for baseline in result.baselines:
-        right.axhline(baseline.sealed, ls="--", lw=0.8, c="#444444", label=f"{baseline.name} {baseline.sealed:.3f}")
-    if result.baselines:
+        if baseline.sealed is not None:
+            label = f"{baseline.name} {baseline.sealed:.3f}"
+            right.axhline(baseline.sealed, ls="--", lw=0.8, c="#444444", label=label)
+    if any(baseline.sealed is not None for baseline in result.baselines):
         right.legend(fontsize=7, loc="upper left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -13,13 +13,13 @@ from typing import Any
 import msgspec
 
 from bascule.plugins.loader import Plugins
-from bascule.plugins.policy import CallModel, CallTool
+from bascule.plugins.policy import TRIAL, CallModel, CallTool
 from bascule.runtime.blob_care import refs_of
 from bascule.runtime.log.chain import Chain
 from bascule.runtime.log.protocol import NewEvent
 from bascule.runtime.redaction import Redaction
+from bascule.runtime.services.calls import pending
 from bascule.runtime.services.decisions import DECIDE
-from bascule.runtime.services.feedback import pending
 from bascule.runtime.services.trainer import next_evaluation, open_training
 from bascule.runtime.state import RunState
 from bascule.runtime.world import World, world_of
@@ -219,7 +219,9 @@ class _Forker:
                 return wanted is not None and wanted[:2] == (session, ordinal) and asked == self._request(wanted[2])
             case ev.ToolCalled(session=session, ordinal=ordinal, arguments=asked):
                 wanted = pending(self.state, self.world)
-                return wanted is not None and wanted[:2] == (session, ordinal) and asked == self._request(wanted[2])
+                if wanted is None or wanted[:2] != (session, ordinal) or asked != self._request(wanted[2]):
+                    return False
+                return event.data.name != TRIAL or self._same_parent(event.envelope.step)
             case ev.TrainStarted(generation=generation) | ev.TrainFailed(generation=generation):
                 if not self._equal(subjects.train_requested(self.parent, generation)):
                     return False
@@ -230,6 +232,16 @@ class _Forker:
                 pass
         cause = self._parent_by_id.get(event.envelope.causationid or "")
         return cause is not None and self._equal(cause.subject)
+
+    def _same_parent(self, generation: int) -> bool:
+        """Whether a generation starts from what it started from in the other run: a trial says only what is other."""
+        theirs = self._parent_by_subject[subjects.lever_chosen(self.parent, generation)].data
+        best = self.state.best
+        if best is None or not isinstance(theirs, ev.LeverChosen) or theirs.parent != best:
+            return False
+        adapter = self.state.candidate(best).adapter
+        made = [] if adapter is None else [subjects.train_outcome(self.parent, int(adapter[1:].partition("-")[0]))]
+        return all(self._equal(subject) for subject in (subjects.candidate_proposed(self.parent, best), *made))
 
     def _request(self, call: CallModel | CallTool) -> dict[str, Any]:
         """What is asked, as it would be recorded."""

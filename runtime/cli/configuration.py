@@ -12,7 +12,7 @@ import msgspec
 from bascule.plugins.algorithm import Algorithm, Stream
 from bascule.plugins.loader import Plugins
 from bascule.runtime.log.rules import MAX_BATCH
-from bascule.runtime.services.rollout import engine_params
+from bascule.runtime.services.inference import engine_params
 from bascule.runtime.world import World, merged, plain, task_digest
 from bascule.schemas.errors import ConfigError, TrainError
 from bascule.schemas.events import RunStarted
@@ -41,7 +41,10 @@ def configure(given: dict[str, Any], overrides: Sequence[str], loaded: Plugins) 
         base = merged(base, {"engine": {"params": {"path": str(Path(path).absolute())}}})
     task = loaded.registry.tasks.get(str(base["task"]["name"]))(base["task"].get("params", {}))
     defaults = plain(RunConfig(task=PluginChoice(name=task.name)))
-    return parse_config(merged(merged(defaults, task.defaults()), base))
+    # What the task makes of its parameters is recorded, so that a report needs no plugin to say what was played.
+    regime = getattr(task, "regime", "")
+    named = {"task": {"params": {"regime": regime}}} if regime else {}
+    return parse_config(merged(merged(merged(defaults, task.defaults()), base), named))
 
 
 def override(item: str) -> dict[str, Any]:

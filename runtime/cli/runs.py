@@ -33,7 +33,12 @@ if TYPE_CHECKING:
 
 @app.command()
 def run(
-    task: Annotated[str, typer.Option(help="The task; `bascule tasks` lists them.")] = "arith",
+    task: Annotated[
+        str,
+        typer.Option(
+            "--task", "--task-file", help="The task; `bascule tasks` lists them. Or the file or folder of one's own."
+        ),
+    ] = "arith",
     max_gen: Annotated[
         int | None, typer.Option("--max-gen", "--max_gen", help="Lever choices after the first harness.")
     ] = None,
@@ -46,6 +51,13 @@ def run(
     engine: Annotated[str | None, typer.Option(help="Inference engine; `bascule plugins` lists them.")] = None,
     policy: Annotated[str | None, typer.Option(help="Who chooses the lever.")] = None,
     author: Annotated[str | None, typer.Option(help="Who writes harnesses.")] = None,
+    regime: Annotated[
+        str | None, typer.Option(help="The rules that a task is played under, where it has several (lawbench).")
+    ] = None,
+    unsafe: Annotated[
+        bool,
+        typer.Option("--unsafe-no-sandbox", help="Run harnesses and candidates unconfined; every result is marked."),
+    ] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any configuration value, e.g. --set gate.alpha=0.01. Repeatable.")
     ] = None,
@@ -61,10 +73,11 @@ def run(
     """
     from bascule.plugins.loader import plugins
     from bascule.runtime.cli import configuration, launch
+    from bascule.runtime.cli.own_tasks import chosen_task, stem_of
     from bascule.runtime.cli.store import home_folder, open_store
 
     given: dict[str, Any] = {
-        "task": {"name": task},
+        "task": chosen_task(task, {"regime": regime} if regime is not None else {}),
         "max_generations": max_gen,
         "seed": seed,
         "levers": [part.strip() for part in levers.split(",") if part.strip()] if levers is not None else None,
@@ -72,6 +85,7 @@ def run(
         "engine": {"name": engine} if engine else None,
         "policy": {"name": policy} if policy else None,
         "author": {"name": author} if author else None,
+        "sandbox": {"unsafe": True} if unsafe else None,
     }
     config = configuration.configure(given, set_ or [], plugins())
     started = configuration.preflight(config, plugins())
@@ -80,7 +94,7 @@ def run(
         async with open_store(
             home_folder(home), url=url, credentials=credentials, exclusive=url is None, writes=True
         ) as store:
-            name = run_id if run_id is not None else await launch.free_run_id(store, config.task.name)
+            name = run_id if run_id is not None else await launch.free_run_id(store, stem_of(config.task))
             await launch.start(store, name, started)
             await _follow(store, name, as_json, serve=url is None)
 
@@ -234,14 +248,19 @@ async def _reporter(store: Store, name: str, *listeners: Callable[[Recorded], No
 async def _report(store: Store, name: str, *, picture: bool) -> RunReport:
     import msgspec
 
+    from bascule.runtime.audit.looks import looks
     from bascule.runtime.audit.repeats import Outcomes
     from bascule.runtime.audit.report import draw
 
     outcomes = Outcomes()
     reporter = await _reporter(store, name, outcomes.add)
     rollouts, updates = outcomes.repeated(store.home / "runs" / name / "services.jsonl")
+    found = reporter.report(await _baselines(reporter.state, compute=picture))
     result = msgspec.structs.replace(
-        reporter.report(await _baselines(reporter.state)), repeated_rollouts=rollouts, repeated_updates=updates
+        found,
+        repeated_rollouts=rollouts,
+        repeated_updates=updates,
+        looks=sum((await looks(store.log.read, found.task)).values()),
     )
     if picture and result.generations:
         path = store.home / "runs" / name / "report.png"
@@ -250,15 +269,24 @@ async def _report(store: Store, name: str, *, picture: bool) -> RunReport:
     return result
 
 
-async def _baselines(state: RunState) -> list[BaselineRow]:
-    """The task's baselines on the sealed split, once the run has looked at it."""
+async def _baselines(state: RunState, *, compute: bool) -> list[BaselineRow]:
+    """The task's baselines on the sealed split, once the run has looked at it.
+
+    Args:
+        compute: score them if nothing is remembered, which can take a minute.
+    """
     from bascule.plugins.loader import plugins
-    from bascule.runtime.audit.baselines import score_baselines
+    from bascule.runtime.audit.baselines import baselines_once, remembered_baselines
     from bascule.runtime.audit.report import BaselineRow
     from bascule.runtime.world import world_of
     from bascule.schemas.events import RunCompleted
 
     if state.started is None or not isinstance(state.end, RunCompleted):
         return []
-    scores = await score_baselines(world_of(plugins(), state.started), ("sealed",))
-    return [BaselineRow(name=name, sealed=by_split["sealed"]) for name, by_split in scores.items()]
+    world = world_of(plugins(), state.started)
+    scores = await baselines_once(world, ("sealed",)) if compute else remembered_baselines(world, ("sealed",))
+    return [
+        BaselineRow(name=name, sealed=found.score, unscored=found.unscored, reason=found.reason)
+        for name, by_split in (scores or {}).items()
+        if (found := by_split.get("sealed")) is not None
+    ]

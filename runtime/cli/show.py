@@ -33,7 +33,10 @@ def _span(interval: Interval) -> str:
 
 def show_report(result: RunReport, console: Console) -> None:
     """The closing table, the sealed scores and the baselines."""
-    table = _table(title=f"{result.run}: {escape(result.task)}, {result.arm}, seed {result.seed} ({result.status})")
+    regime = f" in the regime {escape(result.regime)}" if result.regime else ""
+    table = _table(
+        title=f"{result.run}: {escape(result.task)}{regime}, {result.arm}, seed {result.seed} ({result.status})"
+    )
     for name in ("gen", "lever", "algorithm / edit", "candidate"):
         table.add_column(name)
     for name in ("train", "dev [95%]", "p", "promoted", "tokens", "seconds"):
@@ -62,9 +65,24 @@ def show_report(result: RunReport, console: Console) -> None:
             f"(generation {result.best}); {s.wins} better, {s.losses} worse, p = {s.p:.2g} ({s.test}, one-sided)",
             highlight=False,
         )
+        times = "once" if result.looks == 1 else f"{result.looks} times"
+        if result.looks:
+            console.print(
+                f"the sealed split of {escape(result.task)} was looked at {times} in this log", highlight=False
+            )
     if result.baselines:
-        text = ", ".join(f"{b.name} {b.sealed:.3f}" for b in result.baselines)
-        console.print(f"baselines without a model, on the same examples: {text}", highlight=False)
+        text = ", ".join(f"{b.name} {'unscored' if b.sealed is None else _score(b.sealed)}" for b in result.baselines)
+        console.print(f"baselines without a model, on the same examples: {escape(text)}", highlight=False)
+        for b in result.baselines:
+            if b.unscored:
+                console.print(f"{escape(b.name)}: {b.unscored} examples unscored: {escape(b.reason)}", highlight=False)
+    if result.unscored:
+        console.print(f"{result.unscored} trajectories have no verdict; `bascule log` says why", highlight=False)
+    if result.unsafe:
+        console.print("[bold red]UNSAFE: code ran without a sandbox; no score of this run can be trusted[/]")
+    for found in result.sandbox:
+        held = ", ".join(found.holds) or "nothing"
+        console.print(f"sandbox of {found.service} ({found.kind}): {held} held", highlight=False)
     if result.reason:
         console.print(f"{result.status}: {escape(result.reason)}", highlight=False)
     console.print(

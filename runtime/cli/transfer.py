@@ -50,6 +50,9 @@ def export(
     ] = None,
     to: Annotated[Path | None, typer.Option("--to", help="A new folder, instead of a tar.")] = None,
     blobs: Annotated[bool, typer.Option("--blobs/--no-blobs", help="With large trajectories and adapters.")] = True,
+    restricted: Annotated[
+        bool, typer.Option("--restricted", help="With items that their authors ask not to publish (gpqa).")
+    ] = False,
     home: Home = None,
     url: Url = None,
     credentials: Credentials = None,
@@ -70,9 +73,18 @@ def export(
         async with open_store(home_folder(home), url=url, credentials=credentials) as store:
             with _sink(output, to) as sink:
                 written = await write_export(
-                    run, lambda: store.read(run), store.blobs(run), sink, with_blobs=blobs, signer=signer
+                    run,
+                    lambda: store.read(run),
+                    store.blobs(run),
+                    sink,
+                    with_blobs=blobs,
+                    restricted=restricted,
+                    signer=signer,
                 )
+        left_out = sum(blob.omitted for blob in written.blobs) if blobs else 0
         what = f"{run}: {written.events} events, {len(written.blobs)} blobs, head {written.head}"
+        if left_out:
+            what += f"; {left_out} blobs left out, since they hold items that must not be published (--restricted)"
         make_console(err=True).print(what, highlight=False, soft_wrap=True)
 
     run_async(execute())

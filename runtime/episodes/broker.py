@@ -16,12 +16,13 @@ from msgspec import structs
 
 from bascule.plugins.engine import Engine, Message, SampleRequest, asked
 from bascule.plugins.task import Tool
-from bascule.runtime.episodes.episode import Limits, Outcome, StopEpisode
+from bascule.runtime.episodes.batch import Batch
+from bascule.runtime.episodes.episode import Limits, Outcome, StopEpisode, cpu_seconds
 from bascule.runtime.episodes.host import EpisodeProcessError
 from bascule.runtime.episodes.pool import HarnessPool
 from bascule.runtime.redaction import Redaction, process_redaction
 from bascule.schemas.errors import BasculeError, PromptError
-from bascule.schemas.harness import Harness
+from bascule.schemas.harness import Harness, HarnessManifest
 from bascule.schemas.trajectory import (
     EpisodeError,
     ModelCall,
@@ -41,6 +42,7 @@ MAX_NOTES = 1000
 MAX_TOKENS_FACTOR = 4
 _MESSAGE = 2000
 _LINES = 12
+_KILLED = "process that starts episodes was killed, twice"
 
 Stop = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 
@@ -57,6 +59,7 @@ class EpisodeSpec(msgspec.Struct, frozen=True, kw_only=True):
         adapter: name of a loaded adapter, None for the base model.
         forced_temperature: the harness may not choose another temperature (training, reward landscapes).
         max_tokens: the most tokens that one sample may be asked to have; by default four times ``sampling.max_tokens``.
+        batch: with whom the episode shares what ``prepare`` made; None for a harness whose episodes share nothing.
     """
 
     trajectory: str
@@ -67,6 +70,7 @@ class EpisodeSpec(msgspec.Struct, frozen=True, kw_only=True):
     adapter: str | None = None
     forced_temperature: bool = False
     max_tokens: int | None = None
+    batch: Batch | None = None
 
 
 class _Sample(msgspec.Struct, frozen=True, kw_only=True, tag_field="op", forbid_unknown_fields=True):
@@ -119,22 +123,32 @@ async def run_episode(
     An episode that is lost with the zygote is played once more from the start, under a zygote of its own, since
     another episode may be to blame.
     """
-    manifest = spec.harness.manifest
-    limits = Limits(
-        seconds=manifest.timeout_seconds,
-        overall_seconds=OVERALL_SECONDS + manifest.timeout_seconds,
-        output_bytes=manifest.max_output_bytes,
-    )
+    limits = limits_of(spec.harness.manifest)
     redaction = redaction or process_redaction()
     for alone in (False, True):
         broker = _Broker(spec, engine, tools, redaction)
         try:
-            outcome = await pool.run(spec.harness, broker.opening(), broker.handle, limits=limits, alone=alone)
+            outcome = await pool.run(
+                spec.harness, broker.opening(), broker.handle, limits=limits, batch=spec.batch, alone=alone
+            )
         except EpisodeProcessError as e:
             return broker.trajectory(EpisodeError(kind="engine", message=str(e)))
         if outcome.ending != "lost":
             break
     return broker.trajectory(_error(structs.replace(outcome, output=redaction.value(outcome.output)), limits))
+
+
+def limits_of(manifest: HarnessManifest) -> Limits:
+    """What a manifest leaves to one episode."""
+    return Limits(
+        seconds=manifest.timeout_seconds,
+        overall_seconds=OVERALL_SECONDS + manifest.timeout_seconds,
+        output_bytes=manifest.max_output_bytes,
+        memory_bytes=manifest.memory_mb << 20,
+        disk_bytes=manifest.disk_mb << 20,
+        processes=manifest.processes,
+        prepare_seconds=manifest.prepare_seconds,
+    )
 
 
 class _Broker:
@@ -283,12 +297,18 @@ class _Broker:
 def _error(outcome: Outcome, limits: Limits) -> EpisodeError:
     """What a process's ending means for its episode."""
     code = outcome.exit_code
+    preparing = outcome.during == "prepare"
+    who = {"solve": "The harness", "prepare": "The harness's prepare", "batch": "The harness's batch"}[outcome.during]
+    allowed = limits.prepare_seconds if preparing else limits.seconds
     match outcome.ending:
         case "timeout":
-            message = f"The harness ran for {outcome.seconds:.1f} s; the limit is {limits.seconds:g} s."
+            message = f"{who} ran for {outcome.seconds:.1f} s; the limit is {allowed:g} s."
             return EpisodeError(kind="timeout", message=message)
         case "output-limit":
-            return EpisodeError(kind="output-limit", message=f"The harness sent more than {limits.output_bytes} bytes.")
+            return EpisodeError(kind="output-limit", message=f"{who} sent more than {limits.output_bytes} bytes.")
+        case "memory":
+            message = f"{who} used more than the {limits.memory_bytes >> 20} MiB of memory that its manifest names."
+            return EpisodeError(kind="crash", message=message)
         case "overdue":
             # Its own time was not used up: it waited for answers of ours.
             message = (
@@ -298,10 +318,19 @@ def _error(outcome: Outcome, limits: Limits) -> EpisodeError:
         case "unavailable":
             return EpisodeError(kind="engine", message=f"No process for the episode: {outcome.output}.")
         case "lost":
-            return EpisodeError(kind="crash", message="The process that starts episodes was killed, twice.")
+            what = "harness's batch was lost again and again" if outcome.during == "batch" else _KILLED
+            return EpisodeError(kind="crash", message=f"The {what}.")
     if code == -signal.SIGXCPU:
-        return EpisodeError(kind="timeout", message=f"The harness used {limits.cpu_seconds} s of processor time.")
-    how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"exited with status {code}"
+        seconds = cpu_seconds(allowed)
+        return EpisodeError(kind="timeout", message=f"{who} used {seconds} s of processor time.")
+    how = f"was killed by {_signal_name(-code)}" if code and code < 0 else f"exited with status {code}"
     said = "\n".join(outcome.output.strip().splitlines()[-_LINES:])[-_MESSAGE:]
-    message = f"The harness {how} before it answered" + (f":\n{said}" if said else ".")
+    message = f"{who} {how} before it {'was done' if preparing else 'answered'}" + (f":\n{said}" if said else ".")
     return EpisodeError(kind="crash", message=message)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,8 +1,9 @@
-"""What runs in an episode's process: first its limits, then the harness.
+"""What runs in an episode's process: the harness, and its ends of the channel.
 
 Loaded by path in the zygote as the module ``bascule_harness``; from there a harness may import :class:`ModelError`,
 :class:`ToolError` and :class:`Completion`. ``harness.py`` defines ``solve(example, model, tools, context)``, which
-returns the answer as a string, or None.
+returns the answer as a string, or None. In a batch it may also define ``prepare(data, context)``, which runs once and
+before all episodes; what it returns is ``context.prepared`` in each of them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import importlib
 import json
 import os
 import random
-import resource
 import sys
 import threading
 import traceback
@@ -133,12 +133,13 @@ class Tools:
 
 
 class Context:
-    """What the harness may know of its episode: its own files and parameters, and a seed."""
+    """What the harness may know of its episode: its own files and parameters, a seed, and what was prepared."""
 
-    def __init__(self, channel: Channel, files: Files, seed: int) -> None:
+    def __init__(self, channel: Channel, files: Files, seed: int, prepared: Any = None) -> None:
         self._channel = channel
         self._files = files
         self.seed = seed
+        self.prepared = prepared
         self.system_prompt = self.file("system_prompt.md")
         self.params: dict[str, Any] = json.loads(self.file("manifest.json")).get("params", {})
 
@@ -199,16 +200,16 @@ def compiled(files: dict[str, str]) -> Files:
     return out
 
 
-def settle_in(folder: str, channel: int, output: int, limits: dict[str, int]) -> None:
-    """Make a forked process an episode's: its session, descriptors, folder and limits.
+def settle_in(channel: int, output: int) -> None:
+    """Give a forked process a session and the descriptors of an episode.
 
     Args:
-        folder: created here; the working folder, home and temporary folder of the harness.
         channel: descriptor of the channel; becomes :data:`CHANNEL`.
         output: descriptor that becomes stdout and stderr.
-        limits: bytes, seconds and numbers, by name.
     """
-    os.setsid()
+    # In a batch without process namespaces, all stay in one group, by which they can be killed.
+    with contextlib.suppress(PermissionError):
+        os.setsid()
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.dup2(channel, CHANNEL, inheritable=False)
@@ -216,20 +217,12 @@ def settle_in(folder: str, channel: int, output: int, limits: dict[str, int]) ->
     os.closerange(CHANNEL + 1, 2**20)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     faulthandler.enable(2, all_threads=False)
-    os.mkdir(folder, 0o700)
-    os.chdir(folder)
+
+
+def live_in(folder: str, paths: Sequence[str]) -> None:
+    """Make a folder the process's home and temporary folder, and look for packages in ``paths``."""
     os.environ.update(HOME=folder, TMPDIR=folder)
-    # Where memory runs out, the kernel is to choose an episode and not the runtime.
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")
-    for which, soft, hard in (
-        (resource.RLIMIT_CORE, 0, 0),
-        (resource.RLIMIT_CPU, limits["cpu_seconds"], limits["cpu_seconds"] + 1),
-        (resource.RLIMIT_FSIZE, limits["file_bytes"], limits["file_bytes"]),
-        (resource.RLIMIT_NOFILE, limits["open_files"], limits["open_files"]),
-        (resource.RLIMIT_AS, limits["memory_bytes"], limits["memory_bytes"]),
-    ):
-        resource.setrlimit(which, (soft, hard))
+    sys.path.extend(path for path in paths if path not in sys.path)
     gc.enable()
 
 
@@ -256,10 +249,6 @@ def remove_tree(root: str) -> None:
     os.rmdir(root)
 
 
-def confine() -> None:
-    """Give up what the harness must not have. Runs in the episode's process before any code of the harness."""
-
-
 def print_own(e: BaseException) -> None:
     """Print a traceback on stderr with the harness's frames only: ours say where bascule lies, and nothing else."""
     report = traceback.TracebackException.from_exception(e)
@@ -268,7 +257,29 @@ def print_own(e: BaseException) -> None:
     print("".join(report.format()), file=sys.stderr)
 
 
-def play(files: Files) -> int:
+def prepare(files: Files) -> tuple[bool, Any]:
+    """Run ``prepare`` of a harness in this process, and say on the channel when it is done.
+
+    Returns:
+        Whether it came to its end, and what it returned: None where the harness has none. What went wrong is on stderr.
+    """
+    try:
+        channel = Channel(CHANNEL)
+        opening = channel.receive()
+        random.seed(opening["seed"])
+        sys.meta_path.insert(0, HarnessImporter(files))
+        made = getattr(importlib.import_module("harness"), "prepare", None)
+        prepared = made(opening["data"], Context(channel, files, opening["seed"])) if callable(made) else None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        channel.send({"op": "prepared"})
+    except BaseException as e:
+        print_own(e)
+        return False, None
+    return True, prepared
+
+
+def play(files: Files, prepared: Any = None) -> int:
     """Run one episode in this process.
 
     Returns:
@@ -278,11 +289,12 @@ def play(files: Files) -> int:
         channel = Channel(CHANNEL)
         opening = channel.receive()
         random.seed(opening["seed"])
-        sys.meta_path.insert(0, HarnessImporter(files))
+        if not any(isinstance(finder, HarnessImporter) for finder in sys.meta_path):
+            sys.meta_path.insert(0, HarnessImporter(files))
         solve = getattr(importlib.import_module("harness"), "solve", None)
         if not callable(solve):
             raise TypeError("harness.py defines no solve(example, model, tools, context)")
-        context = Context(channel, files, opening["seed"])
+        context = Context(channel, files, opening["seed"], prepared)
         answer = solve(opening["example"], Model(channel), Tools(channel, opening["tools"]), context)
         text = str(answer) if isinstance(answer, str) else None
         channel.send({"op": "answer", "answer": text, "type": type(answer).__name__[:100]})

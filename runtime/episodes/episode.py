@@ -15,7 +15,7 @@ import msgspec
 Handler = Callable[[bytes], Awaitable[bytes | None]]
 """Answers one frame; None where no answer is due. Raises :class:`StopEpisode` to end the episode."""
 
-Ending = Literal["stopped", "exited", "timeout", "overdue", "output-limit", "lost", "unavailable"]
+Ending = Literal["stopped", "exited", "timeout", "overdue", "output-limit", "memory", "lost", "unavailable"]
 
 _TAIL = 4096
 _CHUNK = 65536
@@ -33,40 +33,46 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         seconds: wall time in which the harness itself runs; waiting for the handler does not count.
         overall_seconds: wall time of the whole episode.
         output_bytes: everything that comes out: frames, stdout and stderr.
-        memory_bytes: address space of each of its processes.
-        file_bytes: size of each file that it writes.
+        memory_bytes: memory of all its processes together, and address space of each.
+        disk_bytes: everything that it writes to files.
         open_files: open descriptors of each of its processes.
+        processes: processes and threads at one time.
+        prepare_seconds: wall time of the ``prepare`` of its batch.
     """
 
     seconds: float = 20.0
     overall_seconds: float = 3600.0
     output_bytes: int = 256 * 1024
     memory_bytes: int = 1 << 30
-    file_bytes: int = 16 << 20
+    disk_bytes: int = 16 << 20
     open_files: int = 64
+    processes: int = 32
+    prepare_seconds: float = 120.0
 
-    @property
-    def cpu_seconds(self) -> int:
-        """CPU time of each process, s; the clock on the wall comes first for one busy process."""
-        return math.ceil(self.seconds) + 1
+
+def cpu_seconds(seconds: float) -> int:
+    """CPU time of each process, s, where its wall time is ``seconds``, which comes first for one busy process."""
+    return math.ceil(seconds) + 1
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """How an episode's process ended.
 
     Attributes:
-        ending: ``stopped`` by the handler; ``exited`` by itself; ``timeout``, ``overdue`` (overall) and
-            ``output-limit``; ``lost`` with the zygote, which says nothing about this episode; ``unavailable``: no
-            process could be had.
+        ending: ``stopped`` by the handler; ``exited`` by itself; ``timeout``, ``overdue`` (overall), ``output-limit``
+            and ``memory``; ``lost`` with the zygote, which says nothing about this episode; ``unavailable``: no process
+            could be had.
         exit_code: exit status, or minus the number of the signal; None where there was no report.
         output: the last 4 KiB of stdout and stderr.
         seconds: wall time in which the harness itself ran.
+        during: what ended: the episode itself, or the ``prepare`` of its batch, or the batch with all that was in it.
     """
 
     ending: Ending
     exit_code: int | None = None
     output: str = ""
     seconds: float = 0.0
+    during: Literal["solve", "prepare", "batch"] = "solve"
 
 
 class Episode:

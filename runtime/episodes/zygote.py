@@ -1,10 +1,17 @@
 """The zygote: a warm interpreter that forks one process per episode.
 
 A program of its own, which imports nothing of bascule. Arguments: the number of the control socket, the process id of
-the parent, and a folder, removed at the end. The control socket carries one JSON object per packet. From the parent:
-``harness`` (with a descriptor that holds its files), ``forget``, ``start`` (with the episode's channel and its output
-pipe), ``kill``. To the parent: ``ready`` and, for each ``start``, one ``exit``, sent when no process of that episode is
+the parent, a folder, removed at the end, and a mark to know it and all below it by. ``settings.json`` in the folder
+holds ``confine``, where the code that confines lies; ``unsafe``, not to use it; ``without``, mechanisms not to use; and
+what ``confinement.py`` calls sight.
+
+The control socket carries one JSON object per packet. From the parent: ``harness`` (with a descriptor that holds its
+files and what it imports), ``forget``, ``start`` (with the episode's channel and its output pipe), ``kill``. To the
+parent: ``ready`` and, for each ``start``, one ``started`` and one ``exit``, sent when no process of that episode is
 alive. The zygote ends with its parent and takes every process below it along.
+
+On ``prepare`` (with a channel and an output pipe) it becomes a guest: it confines itself, runs ``prepare`` of a harness
+and goes on as before, with code of the harness in its own process. Its episodes are then confined once more.
 
 What an episode leaves behind is found by parentage. The kernel gives orphans to the nearest ancestor that is a
 subreaper: each episode's process is one, and so is the zygote. A child of the zygote that is not a running episode is
@@ -15,6 +22,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
+import fcntl
 import gc
 import importlib.util
 import json
@@ -27,7 +36,7 @@ import sys
 import time
 import traceback
 import warnings
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 # What harnesses usually import: loaded once here instead of once per episode.
@@ -43,10 +52,14 @@ SWEEP_SECONDS = 0.02
 class Zygote:
     """Forks episodes, and reports the end of each once nothing of it is left."""
 
-    def __init__(self, control: socket.socket, folder: str, child: ModuleType) -> None:
+    def __init__(self, control: socket.socket, folder: str, child: ModuleType, confinement: Any) -> None:
         self._control = control
         self._child = child
         self._folder = folder
+        self._confinement = confinement
+        self._asked: tuple[Any, ...] | None = None
+        self._guest = False
+        self._prepared: Any = None
         self._libc = ctypes.CDLL(None)
         self._harnesses: dict[str, Any] = {}
         self._running: dict[int, int] = {}
@@ -57,33 +70,40 @@ class Zygote:
         self._sweeps = 0
         self._closing = False
 
-    def serve(self, parent: int) -> None:
-        """Work until the parent is gone."""
+    def serve(self, parent: int, ready: dict[str, Any]) -> None:
+        """Report to be ready, and work until the parent is gone."""
         self._prctl(PR_SET_CHILD_SUBREAPER, 1)
-        wake, waker = socket.socketpair()
-        wake.setblocking(False)
-        waker.setblocking(False)
-        signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGTERM, lambda *_: self._close())
         self._prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:
             return
-        selector = selectors.DefaultSelector()
-        selector.register(wake, selectors.EVENT_READ)
-        selector.register(self._control, selectors.EVENT_READ)
-        self._report({"op": "ready"})
+        self._report(ready)
         while not self._closing:
-            pending = self._ended or self._held_since is not None
-            for key, _ in selector.select(SWEEP_SECONDS if pending else None):
-                if key.fileobj is wake:
-                    with contextlib.suppress(BlockingIOError):
-                        wake.recv(4096)
-                else:
-                    self._receive()
-            self._reap()
-            self._settle()
+            self._serve()
+            if self._asked is not None:
+                self._become_guest(*self._asked)
         self._end()
+
+    def _serve(self) -> None:
+        """Work until the end, or until this process is not the one it was."""
+        wake, waker = socket.socketpair()
+        wake.setblocking(False)
+        waker.setblocking(False)
+        signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+        with wake, waker, selectors.DefaultSelector() as selector:
+            selector.register(wake, selectors.EVENT_READ)
+            selector.register(self._control, selectors.EVENT_READ)
+            while not self._closing and self._asked is None:
+                pending = self._ended or self._held_since is not None
+                for key, _ in selector.select(SWEEP_SECONDS if pending else None):
+                    if key.fileobj is wake:
+                        with contextlib.suppress(BlockingIOError):
+                            wake.recv(4096)
+                    else:
+                        self._receive()
+                self._reap()
+                self._settle()
 
     def _close(self) -> None:
         self._closing = True
@@ -113,11 +133,16 @@ class Zygote:
                 case "harness":
                     with open(descriptors[0], "rb", closefd=False) as file:
                         file.seek(0)
-                        self._harnesses[message["digest"]] = self._child.compiled(json.load(file))
+                        given = json.load(file)
+                    self._harnesses[message["digest"]] = self._child.compiled(given["files"]), given
                 case "forget":
                     self._harnesses.pop(message["digest"], None)
                 case "start":
                     self._start(message, *descriptors)
+                case "prepare":
+                    # All else that is open here is not for a guest, and closed first.
+                    self._asked = (message, *descriptors)
+                    descriptors = []
                 case "kill":
                     for pid, number in self._running.items():
                         if number == message["number"]:
@@ -135,21 +160,30 @@ class Zygote:
             return
         if pid:
             self._running[pid] = message["number"]
+            self._report({"op": "started", "number": message["number"], "pid": pid})
             return
         status = 1
         try:
-            signal.set_wakeup_fd(-1)
-            for number in (signal.SIGCHLD, signal.SIGTERM):
-                signal.signal(number, signal.SIG_DFL)
+            self._forget_signals()
             self._prctl(PR_SET_CHILD_SUBREAPER, 1)
             self._prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != zygote:
                 os._exit(1)
-            self._child.settle_in(self._private(message["number"]), channel, output, message["limits"])
-            self._child.confine()
+            self._child.settle_in(channel, output)
+            files, given = self._harnesses[message["digest"]]
+            if self._guest:
+                folder = self._confinement.enter_again(message["number"], message["limits"], given)
+            else:
+                folder = self._confinement.enter(message["number"], message["limits"], given, [self._child.CHANNEL])
+                if not self._confinement.fronted:
+                    # The change of identity took this back.
+                    self._prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+                    if os.getppid() != zygote:
+                        os._exit(1)
+            self._child.live_in(folder, self._confinement.paths(given))
             # What fails before this byte is ours, what fails after it the harness's.
             os.write(self._child.CHANNEL, self._child.READY)
-            status = self._child.play(self._harnesses[message["digest"]])
+            status = self._child.play(files, self._prepared)
             sys.stdout.flush()
             sys.stderr.flush()
         except BaseException:
@@ -158,8 +192,46 @@ class Zygote:
         finally:
             os._exit(status)
 
-    def _private(self, number: int) -> str:
-        return f"{self._folder}/{number}"
+    def _become_guest(self, message: dict[str, Any], channel: int, output: int) -> None:
+        """Confine this process and run ``prepare`` of a harness in it; without success, end."""
+        parent = os.getppid()
+        try:
+            self._forget_signals()
+            # Away from the numbers that the harness knows.
+            self._control = socket.socket(fileno=fcntl.fcntl(self._control.detach(), fcntl.F_DUPFD_CLOEXEC, 16))
+            channel = fcntl.fcntl(channel, fcntl.F_DUPFD_CLOEXEC, 16)
+            for descriptor, number in ((output, 1), (output, 2), (channel, self._child.CHANNEL)):
+                os.dup2(descriptor, number)
+            os.set_inheritable(self._child.CHANNEL, False)
+            faulthandler.enable(2, all_threads=False)
+            keep = [self._child.CHANNEL, self._control.fileno()]
+            files, given = self._harnesses[message["digest"]]
+            folder = self._confinement.enter(message["number"], message["limits"], given, keep, guest=True)
+            if not self._confinement.fronted:
+                self._prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+                if os.getppid() != parent:
+                    os._exit(1)
+            self._prctl(PR_SET_CHILD_SUBREAPER, 1)
+            self._child.live_in(folder, self._confinement.paths(given))
+            os.write(self._child.CHANNEL, self._child.READY)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        done, self._prepared = self._child.prepare(files)
+        if not done:
+            os._exit(1)
+        null = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (1, 2, self._child.CHANNEL):
+            os.dup2(null, descriptor, inheritable=descriptor < 3)
+        self._guest = True
+        self._asked = None
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        gc.freeze()
+
+    def _forget_signals(self) -> None:
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGCHLD, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
 
     def _reap(self) -> None:
         while True:
@@ -188,7 +260,7 @@ class Zygote:
         if self._held_since is not None and now - self._held_since < HELD_SECONDS:
             return
         for report in self._ended:
-            self._remove(self._private(report["number"]))
+            self._remove(self._confinement.private(report["number"]))
             self._report(report)
         self._ended.clear()
 
@@ -201,7 +273,11 @@ class Zygote:
         self._sweeps += 1
         if self._sweeps % 256 == 0:
             self._foreign.clear()
-        present = {int(name) for name in os.listdir("/proc") if name.isdecimal()}
+        try:
+            present = {int(name) for name in os.listdir("/proc") if name.isdecimal()}
+        except OSError:
+            # A guest in a process namespace that it cannot look into; all of it ends with the guest.
+            return True
         self._foreign &= present
         clean = True
         for pid in sorted(present - self._foreign - self._running.keys() - self._cleaners):
@@ -259,10 +335,12 @@ def parent_of(pid: int) -> int | None:
         return None
 
 
-def load_child() -> ModuleType:
-    """What runs in an episode's process; it lies beside this file but not on the import path."""
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "child.py")
-    spec = importlib.util.spec_from_file_location("bascule_harness", path)
+def load(name: str, path: str) -> ModuleType:
+    """A module or package that does not lie on the import path."""
+    inside = None
+    if os.path.isdir(path):
+        path, inside = os.path.join(path, "__init__.py"), [path]
+    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=inside)
     if spec is None or spec.loader is None:
         raise ImportError(path)
     module = importlib.util.module_from_spec(spec)
@@ -272,17 +350,30 @@ def load_child() -> ModuleType:
 
 
 def main() -> None:
-    descriptor, parent, folder = sys.argv[1:]
+    descriptor, parent, folder, _ = sys.argv[1:]
+    with open(f"{folder}/settings.json", "rb") as file:
+        settings = json.load(file)
     for name in WARM.split():
         importlib.import_module(name)
     warnings.simplefilter("ignore")
     os.umask(0o077)
-    child = load_child()
+    here = os.path.dirname(os.path.abspath(__file__))
+    child = load("bascule_harness", f"{here}/child.py")
+    load("bascule_confine", settings["confine"])
+    confine = SimpleNamespace(
+        **{name: importlib.import_module(f"bascule_confine.{name}") for name in ("seal", "landlock", "syscalls")}
+    )
+    available = importlib.import_module("bascule_confine.available")
+    found: dict[str, Any] = {"mechanisms": [], "missing": [], "landlock": 0}
+    if not settings["unsafe"]:
+        found = available.available(tuple(settings["without"]))
+    confinement = load("bascule_confinement", f"{here}/confinement.py").Confinement(confine, found, settings, folder)
     resource.setrlimit(resource.RLIMIT_NOFILE, (child.OPEN_FILES, child.OPEN_FILES))
     # Forked processes share the pages of what is here now, as long as no collection writes to them.
     gc.disable()
     gc.freeze()
-    Zygote(socket.socket(fileno=int(descriptor)), folder, child).serve(int(parent))
+    ready = {"op": "ready", "mechanisms": found["mechanisms"], "missing": found["missing"]}
+    Zygote(socket.socket(fileno=int(descriptor)), folder, child, confinement).serve(int(parent), ready)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ async def import_export(
     if omitted:
         raise ConfigError(
             f"The export of {manifest.run} leaves out {omitted} blobs that its events name.",
-            next_step="Export again without --no-blobs; verify, diff and fold read this one as it is.",
+            next_step="Export again without --no-blobs, or with --restricted; verify, diff and fold read it as it is.",
         )
     there = await _matching(export, log)
     await _put_blobs(export, blobs)

@@ -88,6 +88,7 @@ async def write_export(
     sink: Sink,
     *,
     with_blobs: bool = True,
+    restricted: bool = False,
     signer: Signer | None = None,
 ) -> Manifest:
     """Write a run's events and blobs to ``sink``; the manifest that was written.
@@ -96,6 +97,7 @@ async def write_export(
         read: all events of the run, in order, up to the newest at the time; read again if the run went on meanwhile
             and discarded a checkpoint that these events need.
         with_blobs: without, the manifest marks them as omitted.
+        restricted: with the blobs that hold items which must not be published; else those are omitted.
 
     Raises:
         NotFound: there are no events, or a blob that has to be there is missing. Nothing was written then.
@@ -107,7 +109,7 @@ async def write_export(
         while True:
             spooled = await _spool(run, read(), lines, heads)
             try:
-                content = await _content(spooled.refs, blobs, with_blobs)
+                content = await _content(spooled.refs, blobs, with_blobs, restricted)
                 break
             except NotFound:
                 if spooled.chain.count <= before:
@@ -178,7 +180,7 @@ class _Content:
     held: dict[str, bytes]
 
 
-async def _content(refs: BlobReferences, blobs: Blobs, with_blobs: bool) -> _Content:
+async def _content(refs: BlobReferences, blobs: Blobs, with_blobs: bool, restricted: bool) -> _Content:
     """What becomes of each blob that the events name: what has to be there, and of the suspected what is there.
 
     Raises:
@@ -196,7 +198,7 @@ async def _content(refs: BlobReferences, blobs: Blobs, with_blobs: bool) -> _Con
         if blob.erased:
             found.append(blob)
         elif sha256 in retained:
-            if not with_blobs:
+            if not with_blobs or (ref.restricted and not restricted):
                 blob = replace(blob, omitted=True)
             elif sha256 in passing:
                 held[sha256] = await blobs.get(ref)
@@ -204,7 +206,8 @@ async def _content(refs: BlobReferences, blobs: Blobs, with_blobs: bool) -> _Con
                 await blobs.get(ref)  # says what is wrong
             found.append(blob)
         elif sha256 in refs.suspected and sha256 in there and await _matches(blobs, ref):
-            found.append(blob if with_blobs else replace(blob, omitted=True))
+            included = with_blobs and (restricted or not ref.restricted)
+            found.append(blob if included else replace(blob, omitted=True))
     return _Content(tuple(found), held)
 
 

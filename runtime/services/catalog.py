@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bascule.runtime.runner import Service
-from bascule.runtime.services import feedback, meta, rollout, trainer, verifier
+from bascule.runtime.services import calls, feedback, meta, rollout, trainer, verifier
 
 SERVICES = {
     s.name: s
@@ -11,7 +11,7 @@ SERVICES = {
         Service(meta.NAME, meta.decide),
         Service(rollout.NAME, rollout.decide, rollout.Rollout),
         Service(verifier.NAME, verifier.decide, verifier.Verifier),
-        Service(feedback.NAME, feedback.decide, feedback.Feedback),
+        Service(feedback.NAME, feedback.decide, calls.Feedback),
         Service(trainer.NAME, trainer.decide, trainer.Trainer),
     )
 }

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from bascule.plugins.policy import (
-    AuthorInput,
-    Call,
-    CallModel,
-    CallResult,
-    CallTool,
-    HarnessEdit,
-    NoEdit,
-    Performer,
-    PolicyInput,
-    TrainEvidence,
-)
-from bascule.runtime.services import proposals
+from bascule.plugins.policy import CallModel, CallResult, CallTool, NoEdit, PolicyInput
+from bascule.runtime.episodes.allowed import refusal
+from bascule.runtime.services import calls, proposals
+from bascule.runtime.services.calls import author_session, choose, policy_session, write
+from bascule.runtime.services.inputs import policy_input
 from bascule.runtime.state import RunState
 from bascule.runtime.world import World, plain, seed_of
 from bascule.schemas import subjects
@@ -39,15 +29,10 @@ from bascule.schemas.events import (
     TrainRequested,
 )
 from bascule.schemas.harness import make_harness
-from bascule.schemas.landscape import Measured
 from bascule.schemas.run import PluginChoice
-from bascule.schemas.trajectory import Scored
 from bascule.verifiers.gate import paired_test
 
-if TYPE_CHECKING:
-    from bascule.runtime.runner import View
-
-NAME = "feedback"
+NAME = calls.NAME
 
 
 def decide(state: RunState, event: Recorded, world: World) -> list[Draft]:
@@ -66,55 +51,6 @@ def decide(state: RunState, event: Recorded, world: World) -> list[Draft]:
             return []
 
 
-def policy_input(state: RunState, world: World, generation: int) -> PolicyInput:
-    """What the policy sees; everything in it is folded from the log or pinned by the run."""
-    best = state.best
-    assert best is not None
-    harness = state.harnesses[state.candidate(best).harness]
-    return PolicyInput(
-        generation=generation,
-        max_generations=world.config.max_generations,
-        levers=world.config.levers,
-        history=state.history(),
-        best=best,
-        algorithms=world.algorithms,
-        edits_left=world.author.edits_left(harness, _tried(state, best)),
-    )
-
-
-def _tried(state: RunState, parent: int) -> tuple[str, ...]:
-    """Edits of the parent's harness that were tried and did not replace it."""
-    digest = state.candidate(parent).harness
-    return tuple(
-        s.harness.edit
-        for _, s in sorted(state.steps.items())
-        if s.harness and s.harness.parent == digest and not isinstance(s.gate, CandidatePromoted)
-    )
-
-
-def policy_session(generation: int) -> str:
-    return f"g{generation:02d}-policy"
-
-
-def author_session(generation: int) -> str:
-    return f"g{generation:02d}-author"
-
-
-def _generation(session: str) -> int:
-    return int(session[1:].partition("-")[0])
-
-
-def _choose(state: RunState, world: World, generation: int, given: PolicyInput) -> Call | LeverDecision:
-    """The policy's next step, after all calls that it has made."""
-    return world.policy.step(given, tuple(state.calls.get(policy_session(generation), ())))
-
-
-def _write(state: RunState, world: World, generation: int) -> Call | HarnessEdit | NoEdit:
-    """The author's next step, after all calls that it has made."""
-    results = tuple(state.calls.get(author_session(generation), ()))
-    return world.author.step(author_input(state, world, generation), results)
-
-
 def _after_call(state: RunState, world: World, data: CallResult, cause: str) -> list[Draft]:
     """Step on the machine that asked, if its decision is still open."""
     generation = state.open_choice
@@ -128,7 +64,7 @@ def _after_call(state: RunState, world: World, data: CallResult, cause: str) -> 
 
 def _next_generation(state: RunState, world: World, generation: int, cause: str) -> list[Draft]:
     given = policy_input(state, world, generation)
-    decision = _choose(state, world, generation, given)
+    decision = choose(state, world, generation, given)
     if not isinstance(decision, LeverDecision):
         return []  # a call, which the service makes
     chosen = LeverChosen(
@@ -157,7 +93,7 @@ def _edit(state: RunState, world: World, generation: int, cause: str) -> list[Dr
     assert best is not None
     parent = state.candidate(best)
     harness = state.harnesses[parent.harness]
-    edit = _write(state, world, generation)
+    edit = write(state, world, generation)
     if isinstance(edit, CallModel | CallTool):
         return []
     subject = subjects.harness_outcome(state.run, generation)
@@ -172,6 +108,8 @@ def _edit(state: RunState, world: World, generation: int, cause: str) -> list[Dr
         new = make_harness(world.redaction.value(edit.files))
     except HarnessError as e:
         return failed(f"The edit {edit.edit!r} is not a usable harness. {e}")
+    if (refused := refusal(new.manifest, world.public)) is not None:
+        return failed(f"The edit {edit.edit!r} is not allowed. {refused}")
     proposed = HarnessProposed(
         generation=generation,
         digest=new.digest,
@@ -194,40 +132,6 @@ def _edit(state: RunState, world: World, generation: int, cause: str) -> list[Dr
             cause=cause,
         ),
     ]
-
-
-def author_input(state: RunState, world: World, generation: int) -> AuthorInput:
-    """What the author sees: train items in full, aggregates of dev, never a dev or sealed item."""
-    best = state.best
-    assert best is not None
-    candidate = state.candidate(best)
-    public = world.public
-    evaluation = state.evaluations[f"g{best:02d}-train"]
-    evidence = []
-    for key in evaluation.trajectories():
-        example = public.train[key[0]]
-        logged, verdict = evaluation.logged[key], evaluation.verdicts[key]
-        evidence.append(
-            TrainEvidence(
-                example=example,
-                truth=public.answers[example.id],
-                answer=logged.answer,
-                error=logged.error,
-                reward=verdict.reward if isinstance(verdict, Scored) else None,
-            )
-        )
-    return AuthorInput(
-        generation=generation,
-        seed=seed_of(world.config.seed, "author", generation),
-        description=public.description,
-        max_answer_tokens=public.max_answer_tokens,
-        harness=state.harnesses[candidate.harness],
-        history=state.history(),
-        tried=_tried(state, best),
-        train=public.train,
-        answers=public.answers,
-        evidence=tuple(evidence),
-    )
 
 
 def _train(
@@ -317,88 +221,3 @@ def _ablate(state: RunState, world: World, data: AblationRequested, cause: str) 
         cause=cause,
         engine=PluginChoice(name="constant", params={"text": data.answer}) if constant else None,
     )
-
-
-class Feedback:
-    """The feedback service's effects: the calls that a policy or an author asks for, one after the other."""
-
-    async def run(self, view: View) -> None:
-        async for state in view.changes():
-            while (asked := pending(state, view.world)) is not None:
-                session, ordinal, call = asked
-                # A process that was paused wakes up with an old state, while another one has had the answer.
-                there = await view.log.get(subjects.call_outcome(view.run, session, ordinal))
-                if there is not None:
-                    await view.until(lambda s: s.seq >= there.seq)  # noqa: B023
-                    continue
-                view.logger.info("call.started", session=session, ordinal=ordinal)
-                await self._perform(view, session, ordinal, call)
-
-    async def _perform(self, view: View, session: str, ordinal: int, call: Call) -> None:
-        machine = view.world.policy if session.endswith("-policy") else view.world.author
-        if not isinstance(machine, Performer):
-            raise ConfigError(
-                f"{machine.name} asks for a call and cannot make one.", next_step="Choose another policy or author."
-            )
-        started = view.clock()
-        performed = await machine.perform(call)
-        measured = Measured(seconds=view.clock() - started)
-        data: CallResult
-        if isinstance(call, CallModel):
-            data = ModelCalled(
-                session=session,
-                ordinal=ordinal,
-                model=call.model,
-                request=call.request,
-                answer=performed.answer,
-                input_tokens=performed.input_tokens,
-                output_tokens=performed.output_tokens,
-                measured=measured,
-            )
-        else:
-            data = ToolCalled(
-                session=session,
-                ordinal=ordinal,
-                name=call.name,
-                arguments=call.arguments,
-                result=performed.answer.get("result"),
-                error=performed.answer.get("error"),
-                measured=measured,
-            )
-        draft = Draft(
-            subject=subjects.call_outcome(view.run, session, ordinal),
-            step=_generation(session),
-            data=data,
-            cause=_asked_by(view.state, session, ordinal),
-        )
-        (recorded,) = await view.append(NAME, [draft])
-        await view.until(lambda s: s.seq >= recorded.seq)
-
-
-def _asked_by(state: RunState, session: str, ordinal: int) -> str:
-    """Id of the event upon which the machine asked."""
-    run, generation = state.run, _generation(session)
-    if ordinal:
-        return subjects.event_id(subjects.call_outcome(run, session, ordinal - 1))
-    if session == author_session(generation):
-        return subjects.event_id(subjects.lever_chosen(run, generation))
-    before = state.steps[generation - 1]
-    if before.author_failed is not None:
-        return subjects.event_id(subjects.harness_outcome(run, before.number))
-    if before.gate is None:
-        return subjects.event_id(subjects.train_outcome(run, before.number))
-    return subjects.event_id(subjects.candidate_gate(run, before.number))
-
-
-def pending(state: RunState, world: World) -> tuple[str, int, Call] | None:
-    """The call that is asked for and not recorded yet: its session, its place in it, and what it is."""
-    asked: Call | LeverDecision | HarnessEdit | NoEdit
-    if (generation := state.open_choice) is not None:
-        session = policy_session(generation)
-        asked = _choose(state, world, generation, policy_input(state, world, generation))
-    elif (generation := state.open_edit) is not None:
-        session = author_session(generation)
-        asked = _write(state, world, generation)
-    else:
-        return None
-    return (session, len(state.calls.get(session, ())), asked) if isinstance(asked, CallModel | CallTool) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bascule.runtime.episodes.allowed import refusal
 from bascule.runtime.services import proposals
 from bascule.runtime.state import RunState
 from bascule.runtime.world import World
@@ -19,13 +20,17 @@ def decide(state: RunState, event: Recorded, world: World) -> list[Draft]:
     if not isinstance(event.data, RunStarted):
         return []
     cause = event.envelope.id
+
+    def failed(why: object) -> list[Draft]:
+        data = RunFailed(service=NAME, reason=f"The first harness of the task {world.task.name} is not usable. {why}")
+        return [Draft(subject=subjects.run_end(state.run), step=0, cause=cause, data=data)]
+
     try:
         harness = make_harness(world.redaction.value(world.task.harness()))
     except HarnessError as e:
-        reason = f"The first harness of the task {world.task.name} is not usable. {e}"
-        return [
-            Draft(subject=subjects.run_end(state.run), step=0, cause=cause, data=RunFailed(service=NAME, reason=reason))
-        ]
+        return failed(e)
+    if (refused := refusal(harness.manifest, world.public)) is not None:
+        return failed(refused)
     proposed = HarnessProposed(
         generation=0, digest=harness.digest, files=harness.files, author="reference", edit="reference"
     )

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from bascule.plugins.engine import Engine
 from bascule.plugins.task import Tool
+from bascule.runtime.episodes.allowed import refusal
+from bascule.runtime.episodes.batch import Batch, batch_of
 from bascule.runtime.episodes.broker import EpisodeSpec, run_episode
 from bascule.runtime.episodes.pool import HarnessPool
+from bascule.runtime.services.inference import load_adapter, made_engine, served_name, start_engine
 from bascule.runtime.state import RunState
 from bascule.runtime.work import work_off
 from bascule.runtime.world import World, seed_of
@@ -24,10 +25,10 @@ from bascule.schemas import subjects
 from bascule.schemas.codec import INLINE_BYTES
 from bascule.schemas.envelope import Draft, Recorded
 from bascule.schemas.errors import EngineError
-from bascule.schemas.events import AdapterServed, EpisodesRequested, TrajectoryLogged
+from bascule.schemas.events import RESTRICTED, AdapterServed, EpisodesRequested, TrajectoryLogged
 from bascule.schemas.landscape import Measured
-from bascule.schemas.run import PluginChoice, RunConfig
-from bascule.schemas.trajectory import ModelCall, Trajectory
+from bascule.schemas.run import PluginChoice
+from bascule.schemas.trajectory import EpisodeError, ModelCall, Trajectory
 
 if TYPE_CHECKING:
     from bascule.runtime.runner import View
@@ -43,18 +44,45 @@ def decide(state: RunState, event: Recorded, world: World) -> list[Draft]:
 
 
 class Episodes(Protocol):
-    """What runs one episode: a harness that asks an engine."""
+    """What runs episodes: harnesses that ask an engine."""
 
-    async def __call__(self, spec: EpisodeSpec, engine: Engine, tools: Mapping[str, Tool]) -> Trajectory: ...
+    async def __call__(self, spec: EpisodeSpec, engine: Engine, tools: Mapping[str, Tool]) -> Trajectory:
+        """Run one episode."""
+        ...
+
+    async def over(self, key: str) -> None:
+        """No more episodes of the batches of this key will come."""
+        ...
+
+
+class HarnessEpisodes:
+    """Episodes with their harness in a process of its own."""
+
+    def __init__(self, world: World, pool: HarnessPool) -> None:
+        self._world = world
+        self._pool = pool
+
+    async def __call__(self, spec: EpisodeSpec, engine: Engine, tools: Mapping[str, Tool]) -> Trajectory:
+        refused = refusal(spec.harness.manifest, self._world.public)
+        if refused is not None:
+            return Trajectory(error=EpisodeError(kind="crash", message=refused))
+        return await run_episode(spec, engine, self._pool, tools, self._world.redaction)
+
+    async def over(self, key: str) -> None:
+        await self._pool.retire(key)
 
 
 @contextlib.asynccontextmanager
 async def harness_processes(world: World) -> AsyncIterator[Episodes]:
-    """Episodes with their harness in a process of its own."""
-    pool = HarnessPool(children=world.config.concurrency)
+    """Episodes with their harness in a process of its own, confined unless the run says otherwise.
+
+    Raises:
+        EpisodeProcessError: none can be started, or none that is confined.
+    """
+    pool = HarnessPool(children=world.config.concurrency, unsafe=world.config.sandbox.unsafe)
     await pool.start()
     try:
-        yield lambda spec, engine, tools: run_episode(spec, engine, pool, tools, world.redaction)
+        yield HarnessEpisodes(world, pool)
     finally:
         await pool.close()
 
@@ -70,6 +98,7 @@ class Rollout:
         self._episodes = episodes
         self._engines: dict[str, Engine] = {}
         self._loaded: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._batches: dict[str, Batch] = {}
 
     async def run(self, view: View) -> None:
         await view.ready()
@@ -92,17 +121,9 @@ class Rollout:
         choice = choice or config.engine
         key = msgspec.json.encode(choice, order="sorted").decode()
         if key not in self._engines:
-            engine = view.plugins.registry.engines.get(choice.name)(config.model, engine_params(config, choice))
+            engine = made_engine(view, choice)
             self._engines[key] = engine
-            info = await engine.start()
-            started = view.state.started
-            if choice == config.engine and started is not None and info.model_digest not in ("", started.model_digest):
-                raise EngineError(
-                    f"The model {config.model!r} is not the one that {view.run} started with "
-                    f"(digest {info.model_digest}, recorded {started.model_digest}).",
-                    next_step="Put the recorded model back; a run keeps its model.",
-                )
-            view.logger.info("engine.started", engine=info.name, model=info.model, versions=info.versions)
+            await start_engine(view, engine, choice)
         return self._engines[key]
 
     async def _serve_adapter(self, view: View, engine: Engine, adapter: str) -> None:
@@ -121,11 +142,7 @@ class Rollout:
         found = view.state.adapters.get(adapter)
         if found is None:
             return
-        with tempfile.TemporaryDirectory(dir=view.home, prefix="adapter-") as folder:
-            for name, ref in found.files.items():
-                data = await view.blobs.get(ref)
-                await asyncio.to_thread((Path(folder) / name).write_bytes, data)
-            await engine.load_adapter(served_name(view.run, adapter), Path(folder))
+        await load_adapter(view, engine, adapter)
         await self._unload_superseded(view, engine, adapter)
         if adapter not in view.state.served:
             served = AdapterServed(adapter=adapter, sha256=found.sha256, engine=view.world.config.engine.name)
@@ -151,17 +168,56 @@ class Rollout:
         engine = await self._engine(view, request.engine)
         if request.adapter is not None:
             await self._serve_adapter(view, engine, request.adapter)
+        batch = await self._batch(view, request)
         # What one of them runs into is no reason to lose the others.
         done = await asyncio.gather(
-            *(self._episode(view, episodes, engine, event, position, sample) for position, sample in missing),
+            *(self._episode(view, episodes, engine, event, batch, position, sample) for position, sample in missing),
             return_exceptions=True,
         )
         failed = [e for e in done if isinstance(e, Exception)]
         if failed:
             raise failed[0] if len(failed) == 1 else ExceptionGroup(f"{len(failed)} episodes failed", failed)
+        if batch is not None:
+            await self._leave(view, episodes, request)
+
+    async def _batch(self, view: View, request: EpisodesRequested) -> Batch | None:
+        """What the episodes of an evaluation share; all its shards are known before the first of them is prepared."""
+        harness = view.state.harnesses[request.harness]
+        if harness.manifest.isolation != "batch":
+            return None
+        name = request.evaluation
+
+        def known(state: RunState) -> bool:
+            evaluation = state.evaluations[name]
+            return evaluation.completed is not None or len(evaluation.shards) == request.shards
+
+        await view.until(known)
+        if name not in self._batches:
+            asked = view.state.evaluations[name].examples
+            batch = batch_of(harness, view.world.public, request.split, asked, key=name, seed=request.seed)
+            assert batch is not None
+            self._batches[name] = batch
+        return self._batches[name]
+
+    async def _leave(self, view: View, episodes: Episodes, request: EpisodesRequested) -> None:
+        """After a shard: the batch has no more to do once every episode of its evaluation is logged."""
+        name = request.evaluation
+        await view.until(lambda s: not s.evaluations[name].missing(request))
+        evaluation = view.state.evaluations[name]
+        if evaluation.completed is None and any(evaluation.missing(shard) for shard in evaluation.shards.values()):
+            return
+        self._batches.pop(name, None)
+        await episodes.over(name)
 
     async def _episode(
-        self, view: View, episodes: Episodes, engine: Engine, cause: Recorded, position: int, sample: int
+        self,
+        view: View,
+        episodes: Episodes,
+        engine: Engine,
+        cause: Recorded,
+        batch: Batch | None,
+        position: int,
+        sample: int,
     ) -> None:
         request = cause.data
         assert isinstance(request, EpisodesRequested)
@@ -181,6 +237,7 @@ class Rollout:
             seed=seed_of(request.seed, position, sample),
             adapter=adapter,
             forced_temperature=request.split == "train",
+            batch=batch,
         )
         view.logger.info("episode.started", trajectory=name)
         started = view.clock()
@@ -189,8 +246,9 @@ class Rollout:
             # Not the policy's failure, so no trajectory: the service stops, and the episode runs after a resume.
             raise EngineError(f"The engine could not answer {name}: {trajectory.error.message}")
         body = msgspec.json.encode(trajectory)
-        inline = len(body) <= INLINE_BYTES
-        blob = None if inline else await view.blobs.put(body, "application/json")
+        inline = len(body) <= INLINE_BYTES and not public.restricted
+        media = "application/json" + (RESTRICTED if public.restricted else "")
+        blob = None if inline else await view.blobs.put(body, media)
         prompt, output = tokens_of(trajectory)
         data = TrajectoryLogged(
             trajectory=name,
@@ -208,18 +266,6 @@ class Rollout:
         )
         subject = subjects.trajectory_logged(view.run, name)
         await view.append(NAME, [Draft(subject=subject, step=request.generation, data=data, cause=cause.envelope.id)])
-
-
-def engine_params(config: RunConfig, choice: PluginChoice) -> dict[str, Any]:
-    """An engine's parameters; the embedded one computes on the run's thread count."""
-    if choice.name == "transformers" and config.threads:
-        return {"threads": config.threads, **choice.params}
-    return choice.params
-
-
-def served_name(run: str, adapter: str) -> str:
-    """The name that an engine knows an adapter by; never used twice."""
-    return f"{run}.{adapter}"
 
 
 def tokens_of(trajectory: Trajectory) -> tuple[int, int]:

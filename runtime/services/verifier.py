@@ -7,6 +7,9 @@ from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
+
+from bascule.runtime.services.probing import probed
 from bascule.runtime.state import Evaluation, RunState
 from bascule.runtime.work import work_off
 from bascule.runtime.world import World, seed_of
@@ -21,10 +24,11 @@ from bascule.schemas.events import (
     TrajectoryScored,
 )
 from bascule.schemas.landscape import Measured, RewardLandscape
-from bascule.schemas.trajectory import Verdict
+from bascule.schemas.trajectory import Scored, Trajectory, Verdict
 from bascule.verifiers.gate import GATE_VERSION, gate
 from bascule.verifiers.landscape import SampleFigures, landscape
 from bascule.verifiers.scoring import Scorer
+from bascule.verifiers.scoring_process import fitting
 
 if TYPE_CHECKING:
     from bascule.runtime.runner import View
@@ -103,17 +107,22 @@ class Verifier:
     """The verifier's effects: every logged trajectory gets one verdict.
 
     Args:
-        scoring: opens what scores a task, given its name and parameters; a process of its own unless a test says
-            otherwise.
+        scoring: opens what scores a task, given its name and parameters; by default processes of its own, with what the
+            run demands of the sandbox.
     """
 
-    def __init__(self, scoring: Callable[[str, dict[str, Any]], AbstractAsyncContextManager[Scoring]] = Scorer) -> None:
+    def __init__(
+        self, scoring: Callable[[str, dict[str, Any]], AbstractAsyncContextManager[Scoring]] | None = None
+    ) -> None:
         self._scoring = scoring
 
     async def run(self, view: View) -> None:
         await view.ready()
-        task = view.world.config.task
-        async with self._scoring(task.name, task.params) as scorer:
+        config = view.world.config
+        scoring = self._scoring if self._scoring is not None else partial(Scorer, sandbox=config.sandbox)
+        async with scoring(config.task.name, config.task.params) as scorer:
+            if isinstance(scorer, Scorer) and scorer.report is not None:
+                await probed(view, NAME, scorer.report)
             await work_off(
                 view, NAME, f"bascule.{view.run}.traj.*.logged", partial(self._score, view, scorer), slots=256, batch=64
             )
@@ -124,7 +133,13 @@ class Verifier:
         evaluation = view.state.evaluations[logged.evaluation]
         if evaluation.completed is not None or (logged.position, logged.sample) in evaluation.verdicts:
             return
-        verdict = await scorer.score(evaluation.request.split, logged.example, logged.answer)
+        split = evaluation.request.split
+        if isinstance(scorer, Scorer) and scorer.episodes:
+            verdict = await scorer.score(split, logged.example, logged.answer, await _episode(view, logged))
+        else:
+            verdict = await scorer.score(split, logged.example, logged.answer)
+            if isinstance(verdict, Scored) and verdict.steps:
+                verdict = fitting(verdict, await _episode(view, logged))
         data = TrajectoryScored(
             trajectory=logged.trajectory,
             evaluation=logged.evaluation,
@@ -135,3 +150,17 @@ class Verifier:
         subject = subjects.trajectory_scored(view.run, logged.trajectory)
         draft = Draft(subject=subject, step=event.envelope.step, data=data, cause=event.envelope.id)
         await view.append(NAME, [draft])
+
+
+async def _episode(view: View, logged: TrajectoryLogged) -> Trajectory:
+    """How a logged answer came about.
+
+    Raises:
+        BasculeError: its blob is not there or damaged.
+        ValueError: the event holds neither it nor its blob.
+    """
+    if logged.body is not None:
+        return logged.body
+    if logged.blob is None:
+        raise ValueError(f"{logged.trajectory} was logged without its steps")
+    return msgspec.json.decode(await view.blobs.get(logged.blob), type=Trajectory)

@@ -9,11 +9,11 @@ import msgspec
 import pytest
 
 from bascule.plugins.authors import bascule_register
-from bascule.plugins.authors.operators import BRIEF, OPERATORS, ORDERS, Operators
+from bascule.plugins.authors.operators import BRIEF, OPERATORS, ORDERS, Operators, untried
 from bascule.plugins.authors.shots import choose_shots, shape
-from bascule.plugins.policy import AuthorInput, Generation, HarnessEdit, NoEdit
+from bascule.plugins.policy import NO_EDIT, AuthorInput, Generation, HarnessEdit, NoEdit
 from bascule.plugins.registry import Registry
-from bascule.plugins.task import Example, PublicFace
+from bascule.plugins.task import Allows, Example, PublicFace
 from bascule.plugins.tasks.arith import Arith
 from bascule.plugins.tasks.harness_files import reference_files
 from bascule.schemas.errors import ConfigError
@@ -226,3 +226,21 @@ def test_it_registers_and_has_no_parameters() -> None:
     assert registry.authors.get("operators")({}).name == "operators"
     with pytest.raises(ConfigError, match="speed"):
         Operators({"speed": 1})
+
+
+def test_without_the_right_to_quote_train_items_no_edit_holds_any() -> None:
+    harness = reference(shots=[{"question": "1 + 1 =", "answer": "2"}])
+    for change in ({"allows": Allows(data=False)}, {"restricted": True}):
+        given = msgspec.structs.replace(asked(harness), **change)
+        seen = []
+        while isinstance(edit := AUTHOR.step(given, ()), HarnessEdit):
+            assert make_harness(edit.files).manifest.params["shots"] == harness.manifest.params["shots"]
+            seen.append(edit.edit)
+            given = msgspec.structs.replace(given, tried=tuple(seen))
+        assert set(seen) == {name for name, o in OPERATORS.items() if o.shots is None} & {
+            o.name for o in untried(harness, ())
+        }
+        assert len(seen) > 3
+        assert isinstance(edit, NoEdit)
+        assert "no train items" in edit.reason
+        assert AUTHOR.edits_left(harness, (*seen, NO_EDIT)) == 0

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from tests.plugin_site import install_plugin
+
 HERE = Path(__file__).parent
-METADATA = "Metadata-Version: 2.1\nName: bascule-parity\nVersion: 0.1\n"
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,7 @@ class World:
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp("e2e")
     site = root / "site"
-    info = site / "bascule_parity-0.1.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(METADATA)
-    (info / "entry_points.txt").write_text("[bascule.plugins]\nparity = bascule_parity\n")
-    (site / "bascule_parity.py").write_text((HERE / "parity.py").read_text())
+    install_plugin(site, "parity", (HERE / "parity.py").read_text())
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); from tiny_model import make_tiny_model; from pathlib import Path"
     )

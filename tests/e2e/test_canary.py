@@ -30,19 +30,10 @@ from bascule.schemas.envelope import Draft
 from bascule.schemas.errors import PluginError
 from bascule.schemas.run import parse_config
 from bascule.schemas.trajectory import ModelCall, Note, ToolCall, Trajectory, unpack_ids
+from tests.plugin_site import install_plugin
 
 HERE = Path(__file__).parent
 RUN = "canary"
-METADATA = "Metadata-Version: 2.1\nName: bascule-leaky\nVersion: 0.1\n"
-
-
-def install(site: Path) -> None:
-    """Install the leaking plugin, as pip would lay it out."""
-    info = site / "bascule_leaky-0.1.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(METADATA)
-    (info / "entry_points.txt").write_text("[bascule.plugins]\nleaky = bascule_leaky\n")
-    (site / "bascule_leaky.py").write_text((HERE / "leaky.py").read_text())
 
 
 def leaky() -> ModuleType:
@@ -95,7 +86,7 @@ def check_steps(logged: list[Trajectory]) -> None:
 def leaking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plugins:
     """This process with the plugin installed and the variable set, and so the scoring process that it starts."""
     site = tmp_path / "site"
-    install(site)
+    install_plugin(site, "leaky", (HERE / "leaky.py").read_text())
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setenv("PYTHONPATH", str(site))
     monkeypatch.setenv(LEAKY.VARIABLE, LEAKY.LOGIN)
@@ -181,7 +172,7 @@ async def test_what_a_failing_redactor_has_not_seen_is_not_appended(tmp_path: Pa
 
 async def test_no_key_is_in_anything_that_a_run_of_processes_leaves_or_says(world: Any) -> None:
     site = world.root / "leaky"
-    install(site)
+    install_plugin(site, "leaky", (HERE / "leaky.py").read_text())
     own = {"PYTHONPATH": f"{site}:{world.env['PYTHONPATH']}", LEAKY.VARIABLE: LEAKY.LOGIN}
     world = dataclasses.replace(world, env={**world.env, **own})
     arguments = ["--task", "leaky", "--model", str(world.model), "--run-id", RUN, "--set", "threads=1"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
+import os
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from bascule.schemas.trajectory import (
     unpack_floats,
     unpack_ids,
 )
+from tests.episodes.seen import zygotes
 
 GOOD = "return model.chat([{'role': 'user', 'content': example['question']}])[0].text"
 
@@ -315,15 +317,16 @@ async def test_a_trajectory_survives_its_encoding(bench: Bench) -> None:
     assert msgspec.json.decode(msgspec.json.encode(trajectory), type=Trajectory) == trajectory
 
 
-async def test_an_episode_that_another_one_took_down_is_played_again(bench: Bench) -> None:
-    # Only once: the folder that the first attempt leaves outside is the sign that it has happened.
-    body = f"{GOOD.replace('return', 'text =')}\nif not os.path.exists(example['mark']):\n"
-    body += "    os.mkdir(example['mark'])\n    os.kill(os.getppid(), 9)\n    time.sleep(1000)\nreturn text"
-    mark = f"/tmp/bascule-test-{time.monotonic_ns()}"
-    try:
-        trajectory = await bench(body, example={"question": "q", "mark": mark})
-    finally:
-        Path(mark).rmdir()
+async def test_an_episode_that_was_lost_with_its_zygote_is_played_again(pool: HarnessPool) -> None:
+    class Deadly(CannedEngine):
+        async def sample(self, request: SampleRequest) -> Sampled:
+            if not self.requests:
+                (zygote,) = zygotes()
+                os.kill(zygote, signal.SIGKILL)
+            return await super().sample(request)
+
+    bench = Bench(pool, Deadly())
+    trajectory = await bench(f"{GOOD.replace('return', 'text =')}\nreturn text")
     assert trajectory.answer == "0.0"
     assert len(trajectory.steps) == 1
     assert [request.call for request in bench.engine.requests] == [0, 0]
@@ -337,7 +340,6 @@ BAD = {
     "import broken": "crash",
     "bytearray(4 << 30)": "crash",
     "open('big', 'wb').write(bytes(32 << 20))": "crash",
-    "os.kill(os.getppid(), 9); time.sleep(1000)": "crash",
     "while True: pass": "timeout",
     "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1000)": "timeout",
     "while True: print('x' * 4096)": "output-limit",
@@ -346,8 +348,9 @@ BAD = {
     "raw(b'{'); time.sleep(1000)": "protocol",
     "while True: model.complete('a')": "call-limit",
     "return 5": "no-answer",
-    "[os.fork() or time.sleep(1000) for _ in range(50)]; return 5": "no-answer",
-    "if os.fork(): return 5\nos.setsid()\nif os.fork(): os._exit(0)\ntime.sleep(1000)": "no-answer",
+    "[os.fork() or time.sleep(1000) for _ in range(20)]; return 5": "no-answer",
+    "[os.fork() or time.sleep(1000) for _ in range(500)]; return 5": "crash",
+    "if os.fork(): return 5\nif os.fork(): os._exit(0)\ntime.sleep(1000)": "no-answer",
 }
 
 

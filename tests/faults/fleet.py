@@ -24,10 +24,10 @@ from bascule.runtime.log.server import EmbeddedServer
 from bascule.schemas.envelope import Recorded
 from tests.faults.launcher import Injection
 from tests.faults.ledger import connected, everything, serving
+from tests.plugin_site import install_plugin
 
 ROOT = Path(__file__).parents[2]
 SERVICES = ("meta", "rollout", "verifier", "feedback", "trainer")
-_METADATA = "Metadata-Version: 2.1\nName: bascule-gauntlet\nVersion: 0.1\n"
 _HANG_SECONDS = 240.0
 
 
@@ -49,8 +49,9 @@ class Site:
     def __init__(self, root: Path) -> None:
         source = Path(__file__).with_name("gauntlet.py").read_text()
         self.root = root
-        self.plugin = _installed(root / "site", source)
-        self.altered = _installed(root / "altered", source + "\n# other code\n")
+        self.plugin, self.altered = root / "site", root / "altered"
+        install_plugin(self.plugin, "gauntlet", source)
+        install_plugin(self.altered, "gauntlet", source + "\n# other code\n")
         self.model = root / "tiny"
         # In a process of its own: this one stays without torch.
         make = "import sys; from pathlib import Path; from tests.tiny_model import make_tiny_model as make; "
@@ -65,15 +66,6 @@ class Site:
         tags = ("--set", f"policy.tag={name}", "--set", f"author.tag={name}")
         return ["run", "--task", "gauntlet", "--model", str(self.model), "--seed", str(seed), "--run-id", name,
                 *tags, *more, "--json"]  # fmt: skip
-
-
-def _installed(folder: Path, source: str) -> Path:
-    info = folder / "bascule_gauntlet-0.1.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(_METADATA)
-    (info / "entry_points.txt").write_text("[bascule.plugins]\ngauntlet = bascule_gauntlet\n")
-    (folder / "bascule_gauntlet.py").write_text(source)
-    return folder
 
 
 @cache

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.plugin_site import install_plugin
 from tests.tiny_model import make_tiny_model
 
 HERE = Path(__file__).parent
@@ -21,11 +22,7 @@ PARITY = HERE.parent / "e2e" / "parity.py"
 
 def install_parity(site: Path) -> None:
     """Install the plugin with the task ``parity``, as pip would lay it out."""
-    info = site / "bascule_parity-0.1.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bascule-parity\nVersion: 0.1\n")
-    (info / "entry_points.txt").write_text("[bascule.plugins]\nparity = bascule_parity\n")
-    (site / "bascule_parity.py").write_text(PARITY.read_text())
+    install_plugin(site, "parity", PARITY.read_text())
 
 
 class Recorder:

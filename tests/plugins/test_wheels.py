@@ -81,6 +81,57 @@ def test_a_wheel_that_no_index_has_is_an_error_with_the_next_step() -> None:
     assert "by hand" in (caught.value.next_step or "")
 
 
+def test_a_wheel_that_the_user_has_is_copied_into_the_cache(index: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    source = make_wheel(mine)
+    digest = sha(source)
+    cached = wheels.adopt_wheel("demo-data", "1.2", digest, mine)
+    assert cached.parent == tmp_path / "cache" / "wheels"
+    assert source.exists()
+    renamed = source.rename(mine / "download (1).zip")
+    assert wheels.adopt_wheel("demo-data", "1.2", digest, renamed).read_bytes() == cached.read_bytes()
+    assert wheels.fetch_wheel("demo-data", "1.2", digest) == cached, "no index is asked"
+    assert [p.name for p in cached.parent.iterdir()] == [cached.name]
+    assert not list(index.iterdir())
+
+
+def test_a_wheel_of_the_users_with_another_hash_is_refused_with_both_and_the_cache_stays(
+    index: Path, tmp_path: Path
+) -> None:
+    good = make_wheel(index)
+    digest = sha(good)
+    cached = wheels.fetch_wheel("demo-data", "1.2", digest)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    other = make_wheel(mine, body="changed")
+    with pytest.raises(ConfigError) as caught:
+        wheels.adopt_wheel("demo-data", "1.2", digest, other)
+    assert sha(other) in str(caught.value)
+    assert digest in str(caught.value)
+    assert sha(cached) == digest
+    assert list(cached.parent.iterdir()) == [cached]
+
+
+def test_a_good_wheel_of_the_users_replaces_a_damaged_one(index: Path) -> None:
+    good = make_wheel(index)
+    digest = sha(good)
+    cached = wheels.fetch_wheel("demo-data", "1.2", digest)
+    cached.write_bytes(b"damaged")
+    assert sha(wheels.adopt_wheel("demo-data", "1.2", digest, index)) == digest
+    assert wheels.fetch_wheel("demo-data", "1.2", digest) == cached
+
+
+@pytest.mark.usefixtures("index")
+@pytest.mark.parametrize("name", ["", "absent.whl"])
+def test_a_path_without_the_wheel_is_named(tmp_path: Path, name: str) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ConfigError, match=r"empty/.*whl") as caught:
+        wheels.adopt_wheel("demo-data", "1.2", "0" * 64, empty / name)
+    assert "demo-data==1.2" in (caught.value.next_step or "")
+
+
 def test_extract_unpacks_a_folder_by_its_inner_paths(tmp_path: Path) -> None:
     into = tmp_path / "out"
     written = wheels.extract(make_wheel(tmp_path), "demo_data/data/", into)

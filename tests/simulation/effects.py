@@ -12,7 +12,7 @@ from bascule.plugins.loader import Plugins
 from bascule.plugins.policy import Call, CallModel, Performed
 from bascule.runtime.episodes.broker import EpisodeSpec
 from bascule.runtime.runner import Service
-from bascule.runtime.services import feedback, meta, rollout, trainer, verifier
+from bascule.runtime.services import calls, feedback, meta, rollout, trainer, verifier
 from bascule.runtime.state import RunState
 from bascule.schemas.events import Split
 from bascule.schemas.trajectory import Scored, Trajectory
@@ -90,7 +90,7 @@ class _Performer:
     async def perform(self, call: Call) -> Performed:
         view = _process().view
         assert view is not None
-        asked = feedback.pending(view.state, view.world)
+        asked = calls.pending(view.state, view.world)
         process = _begun("call", asked is None or asked[2] != call)
         await process.weather.effort()
         return Performed(answer=world.answered(call.request if isinstance(call, CallModel) else call.arguments))
@@ -116,6 +116,6 @@ def services() -> dict[str, Service]:
         "meta": Service(meta.NAME, meta.decide),
         "rollout": Service(rollout.NAME, rollout.decide, lambda: rollout.Rollout(_episodes)),
         "verifier": Service(verifier.NAME, verifier.decide, lambda: verifier.Verifier(_scoring)),
-        "feedback": Service(feedback.NAME, feedback.decide, feedback.Feedback),
+        "feedback": Service(feedback.NAME, feedback.decide, calls.Feedback),
         "trainer": Service(trainer.NAME, trainer.decide, lambda: trainer.Trainer(world.Backend(_update_begins))),
     }

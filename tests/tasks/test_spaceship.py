@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from bascule.plugins.task import Baseline, PublicFace
-from bascule.plugins.tasks import spaceship_data
+from bascule.plugins.tasks import sia_data
 from bascule.plugins.tasks.spaceship import Spaceship, SpaceshipPrivate, question
-from bascule.plugins.tasks.spaceship_data import DEV_ROWS, INSIDE, WHEEL, split_rows
+from bascule.plugins.tasks.sia_data import WHEEL
+from bascule.plugins.tasks.spaceship_classical import features
+from bascule.plugins.tasks.spaceship_data import DEV_ROWS, split_rows
 from bascule.plugins.wheels import fetch_wheel
 from bascule.schemas.errors import ConfigError
 from bascule.schemas.events import Split
@@ -27,7 +29,7 @@ SPENT = ("RoomService", "FoodCourt", "ShoppingMall", "Spa", "VRDeck")
 
 def rows(name: str) -> list[dict[str, str]]:
     with zipfile.ZipFile(fetch_wheel(*WHEEL)) as archive:
-        return list(csv.DictReader(io.StringIO(archive.read(INSIDE + name).decode())))
+        return list(csv.DictReader(io.StringIO(archive.read(f"sia/tasks/spaceship-titanic/data/{name}").decode())))
 
 
 @pytest.fixture(scope="module")
@@ -110,24 +112,17 @@ def test_the_public_face_holds_no_answer_of_dev_or_sealed(own_cache: Path, label
             assert "Transported" not in next(csv.reader(f))
 
 
-def test_the_private_folder_is_closed_to_others_and_the_public_face_does_without(
+def test_the_truths_are_closed_to_others_and_the_public_face_does_without(
     own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = Spaceship({})
     task.private()
-    (folder,) = (own_cache / "tasks").iterdir()
-    assert (folder / "private").stat().st_mode & 0o777 == 0o700
-    opened: list[str] = []
-    original = Path.open
-
-    def watched(self: Path, *args: object, **kwargs: object) -> object:
-        opened.append(str(self))
-        return original(self, *args, **kwargs)  # type: ignore[call-overload]
-
-    monkeypatch.setattr(Path, "open", watched)
+    assert (own_cache / "private").stat().st_mode & 0o777 == 0o700
+    (truths,) = (own_cache / "private").glob("spaceship-titanic-*.jsonl")
+    assert truths.stat().st_mode & 0o077 == 0
+    (own_cache / "private").rename(own_cache / "elsewhere")
     assert task.public() == task.public()
-    assert opened
-    assert "private" not in {Path(p).parent.name for p in opened}
+    assert not (own_cache / "private").exists(), "the public face neither needs it nor makes it"
 
 
 def test_a_second_start_reads_the_cache_alone(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,10 +131,11 @@ def test_a_second_start_reads_the_cache_alone(own_cache: Path, monkeypatch: pyte
     def absent(*_: str) -> Path:
         raise ConfigError("no network")
 
-    monkeypatch.setattr(spaceship_data, "fetch_wheel", absent)
+    monkeypatch.setattr(sia_data, "fetch_wheel", absent)
     assert Spaceship({}).public() == first
     with pytest.raises(ConfigError, match="no network"):
         Spaceship({}).private()
+    assert not list((own_cache / "private").glob(".truths-*"))
     assert not list((own_cache / "tasks").rglob(".part-*"))
 
 
@@ -174,6 +170,8 @@ def test_the_baselines_equal_an_independent_count(
     task: Spaceship, public: PublicFace, private: SpaceshipPrivate, held_out: list[dict[str, str]]
 ) -> None:
     found = {b.name: b for b in task.baselines(public)}
+    assert reward(private, found["gradient-boosting"], "sealed") >= 0.81
+    assert reward(private, found["gradient-boosting"], "dev") > reward(private, found["cryosleep-rule"], "dev") + 0.05
     true = sum(r["Transported"] == "True" for r in held_out)
     asleep = sum(
         ((r["CryoSleep"] or str(sum(float(r[s] or 0) for s in SPENT) == 0)) == r["Transported"]) for r in held_out
@@ -216,3 +214,19 @@ def test_its_first_harness_is_valid_and_holds_no_rule(task: Spaceship) -> None:
     assert "cryo" not in "".join(harness.files.values()).lower()
     assert parse_config({"task": {"name": task.name}, **task.defaults()}).evaluation.sealed_examples == 0
     assert "MIT" in task.public().licence
+
+
+def test_the_boosting_baseline_sees_no_answer_and_counts_groups_over_all_splits(public: PublicFace) -> None:
+    every = [e.input["row"] for s in SPLITS for e in public.split(s)]
+    table = features(every)
+    assert len({len(row) for row in table}) == 1
+    answered = features([{**row, "Transported": "True"} for row in every[:50]])
+    assert repr(answered) == repr(features(every[:50]))
+    sizes = Counter(row["PassengerId"][:4] for row in every)
+    largest = max(range(len(every)), key=lambda i: sizes[every[i]["PassengerId"][:4]])
+    assert float(sizes[every[largest]["PassengerId"][:4]]) in table[largest]
+
+
+def test_a_harness_may_have_the_packages_of_the_classical_baseline(public: PublicFace) -> None:
+    assert {"numpy", "scipy", "scikit-learn"} <= set(public.allows.packages)
+    assert public.allows.data

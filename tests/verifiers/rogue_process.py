@@ -45,6 +45,10 @@ class Rogue:
             case "print":
                 print(TRUTH, flush=True)
                 os.write(1, b"\0\0\0\1x")
+            case "closed":
+                return Scored(reward=float((self.folder / "roots" / "late.txt").read_text() == answer))
+            case "write":
+                (self.folder / "roots" / "new.txt").write_text(TRUTH)
             case "environment":
                 return Unscored(reason=" ".join(os.environ))
         return Scored(reward=float(answer == example), passed=answer == example)

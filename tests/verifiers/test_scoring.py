@@ -23,7 +23,8 @@ class RogueScorer(Scorer):
     command = (str(ROGUE),)
 
 
-def rogue(folder: Path, task: str = "rogue", timeout: float = 30.0) -> RogueScorer:
+def rogue(folder: Path, task: str = "rogue", timeout: float = 60.0) -> RogueScorer:
+    folder.chmod(0o777)  # as root, the scoring process is somebody else's by the time that it scores
     return RogueScorer(task, {"folder": str(folder)}, timeout=timeout)
 
 
@@ -101,6 +102,7 @@ async def test_a_cancelled_request_does_not_give_its_verdict_to_the_next(tmp_pat
     async with rogue(tmp_path) as scorer:
         waiting = asyncio.create_task(scorer.score("dev", "hang", "x"))
         while not (tmp_path / "hang").exists():
+            assert not waiting.done()
             await asyncio.sleep(0.01)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -149,6 +151,7 @@ async def test_a_closed_scorer_leaves_no_process_and_says_so(tmp_path: Path) -> 
 
 
 def test_the_process_dies_with_its_parent_even_while_its_scorer_hangs(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
     script = f"""
 import asyncio, importlib.util, sys
 from bascule.verifiers.scoring import Scorer

@@ -1,0 +1,246 @@
+"""The task ``own``: somebody's own, in one file or folder; ``bascule tasks new`` writes one that works.
+
+The file defines
+
+- ``DESCRIPTION``: what is asked for; for people, authors and agents (in a folder also ``description.md``),
+- ``items(split)``: a list for ``train``, ``dev`` and ``sealed``, each item a dict with ``answer`` and ``question`` (or
+  ``input``, a dict of all that agents may see), and, if wanted, ``id`` and ``group``: a group stays in one split (in a
+  folder also ``train.jsonl``, ``dev.jsonl`` and ``sealed.jsonl``),
+- ``verify(item, answer)``: True or False; or a number; or one of the names in ``LEVELS``, worst first, for a rank; or a
+  dict with ``reward`` and, if wanted, ``passed``, ``well_formed``; or None for an answer of another form than is asked
+  for. ``answer`` is text; an episode without an answer is never verified and counts as a failure,
+
+and, if wanted, ``verify_episode(item, answer, calls)`` for step rewards, ``tools(item)``, ``HARNESS`` (or the folder
+``harness/``), ``PROMPT``, ``PARAMS`` of the general harness, ``ALLOWS``, ``BASELINES``, ``DEFAULTS``, ``NAME``,
+``LICENCE``, ``SOURCE`` and ``MAX_ANSWER_TOKENS``.
+
+Its truths stand in the file, so they are wherever it is loaded: in the runtime and in the scoring process. They never
+enter the sandbox, a prompt or the log. The file's hash is part of the version, so a run notices when it has changed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bascule.plugins.task import Baseline, Example, PrivateFace, PublicFace, Tool
+from bascule.plugins.tasks.harness_files import reference_files
+from bascule.plugins.tasks.own_file import SPLITS, Source, code_file, digest, read
+from bascule.plugins.tasks.splits import best_constant, constant_baseline, rule_baseline
+from bascule.schemas.errors import ConfigError
+from bascule.schemas.events import Split
+from bascule.schemas.trajectory import ModelCall, Scored, ToolCall, Trajectory, Verdict
+
+NAME = "own"
+#: The least that a true answer of train must be able to have, in tokens.
+_TOKENS = 16
+
+
+def named(text: str) -> dict[str, Any] | None:
+    """The configuration of the task that a path names: ``{"name", "params"}``; None where ``text`` is no path.
+
+    Raises:
+        ConfigError: it is a path, and there is no task.
+    """
+    path = Path(text)
+    if not (text.endswith(".py") or "/" in text or path.is_dir()):
+        return None
+    path = path.absolute()
+    return {"name": NAME, "params": {"path": str(path), "sha256": digest(path)}}
+
+
+def text_of(answer: Any) -> str:
+    """A truth as a perfect agent would say it: texts as they are, other values as JSON."""
+    return answer if isinstance(answer, str) else msgspec.json.encode(answer).decode()
+
+
+def verdict(given: Any, levels: Sequence[str] = ()) -> Scored:
+    """What ``verify`` gave, as a verdict.
+
+    Raises:
+        TypeError: it is none of what it may be.
+        ValueError: a level that there is not, or a number that is not finite.
+    """
+    if given is None:
+        return Scored(reward=0.0, passed=False, well_formed=False)
+    if isinstance(given, str):
+        if given not in levels:
+            raise ValueError("the level is not in LEVELS")
+        rank = list(levels).index(given)
+        return Scored(reward=rank / max(len(levels) - 1, 1), passed=rank == len(levels) - 1)
+    if isinstance(given, Mapping):
+        base = verdict(given["reward"], levels)
+        return Scored(
+            reward=base.reward,
+            passed=base.passed if given.get("passed") is None else bool(given["passed"]),
+            well_formed=base.well_formed and bool(given.get("well_formed", True)),
+            steps=tuple(_finite(step) for step in given.get("steps", ())),
+        )
+    if type(given).__name__ in ("bool", "bool_"):
+        return Scored(reward=float(given), passed=bool(given))
+    return Scored(reward=_finite(given))
+
+
+def _finite(given: Any) -> float:
+    number = float(given)
+    if not math.isfinite(number):
+        raise ValueError("the reward is not finite")
+    return number
+
+
+class OwnPrivate:
+    """Scores with the file's ``verify``; opened in the scoring process only."""
+
+    def __init__(self, source: Source) -> None:
+        self._verify: Callable[..., Any] = source.module.verify
+        self._levels = tuple(getattr(source.module, "LEVELS", ()))
+        self._items = {(split, item.id): item for split in SPLITS for item in source.items[split]}
+
+    def item(self, split: Split, example: str) -> dict[str, Any]:
+        """A fresh copy, since a verifier may change what it is given."""
+        item: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self._items[split, example].plain()))
+        return item
+
+    def score(self, split: Split, example: str, answer: str | None) -> Verdict:
+        """The verdict of ``verify``; no answer is a failure.
+
+        Raises:
+            KeyError: the split has no such item.
+            Exception: whatever ``verify`` raises; the trajectory is then unscored.
+        """
+        item = self.item(split, example)
+        return verdict(None) if answer is None else verdict(self._verify(item, answer), self._levels)
+
+
+class OwnEpisodesPrivate(OwnPrivate):
+    """Scores with the file's ``verify_episode`` as well, which gives step rewards."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source)
+        self._verify_episode: Callable[..., Any] = source.module.verify_episode
+
+    def score_episode(self, split: Split, example: str, episode: Trajectory) -> Verdict:
+        """The verdict of ``verify_episode(item, answer, calls)``; an episode without an answer is a failure.
+
+        ``calls`` lists what happened, in order: ``{"model": [texts]}`` or ``{"tool", "arguments", "result", "error"}``.
+
+        Raises:
+            KeyError: the split has no such item.
+            Exception: whatever ``verify_episode`` raises; the trajectory is then unscored.
+        """
+        item = self.item(split, example)
+        calls = [c for step in episode.steps if (c := _call(step)) is not None]
+        if episode.answer is None:
+            return Scored(reward=0.0, passed=False, well_formed=False, steps=(0.0,) * sum("model" in c for c in calls))
+        return verdict(self._verify_episode(item, episode.answer, calls), self._levels)
+
+
+def _call(step: Any) -> dict[str, Any] | None:
+    if isinstance(step, ModelCall):
+        return {"model": [output.text for output in step.outputs]}
+    if isinstance(step, ToolCall):
+        result = None if step.result is None else msgspec.json.decode(step.result)
+        arguments = msgspec.json.decode(step.arguments)
+        return {"tool": step.name, "arguments": arguments, "result": result, "error": step.error}
+    return None
+
+
+class Own:
+    """The task ``own``. Parameters: ``path`` of the file or folder, and its ``sha256`` where it is to be that one."""
+
+    def __init__(self, params: dict[str, Any]) -> None:
+        unknown = sorted(set(params) - {"path", "sha256"})
+        if unknown:
+            raise ConfigError(f"The task own has no parameter {unknown[0]!r}.", next_step="It has path and sha256.")
+        self._path = params.get("path")
+        self._sha256 = params.get("sha256")
+        self.name = NAME
+        self.summary = "one's own, in a file or folder: --task PATH; `bascule tasks new PATH` makes one"
+
+    def _source(self) -> Source:
+        if not isinstance(self._path, str):
+            raise ConfigError("The task own needs the path of its file.", next_step="Give --task PATH instead.")
+        path = Path(self._path)
+        if self._sha256 is not None and (now := digest(path)) != self._sha256:
+            raise ConfigError(
+                f"The task {path} has changed: its sha256 is {now}, and was {self._sha256}.",
+                next_step="Put the recorded file back, or start a new run.",
+            )
+        return read(path)
+
+    def _setting(self, name: str, default: Any, type_: type) -> Any:
+        source = self._source()
+        given = getattr(source.module, name, default)
+        if not isinstance(given, type_):
+            raise ConfigError(
+                f"The task {code_file(source.path)} has a {name} that is no {type_.__name__}.", next_step="Correct it."
+            )
+        return given
+
+    def public(self) -> PublicFace:
+        source = self._source()
+        answers = {item.id: text_of(item.answer) for item in source.items["train"]}
+        longest = max(map(len, answers.values()))
+        stem = source.path.name.removesuffix(".py")
+        return PublicFace(
+            name=self._setting("NAME", stem, str),
+            version=source.sha256[:16],
+            description=source.description,
+            train=tuple(i.example() for i in source.items["train"]),
+            answers=answers,
+            dev=tuple(i.example() for i in source.items["dev"]),
+            sealed=tuple(i.example() for i in source.items["sealed"]),
+            max_answer_tokens=self._setting("MAX_ANSWER_TOKENS", max(longest, _TOKENS), int),
+            source=self._setting("SOURCE", "the user's own", str),
+            licence=self._setting("LICENCE", "the user's own", str),
+            allows=source.allows,
+        )
+
+    def private(self) -> PrivateFace:
+        source = self._source()
+        return OwnEpisodesPrivate(source) if hasattr(source.module, "verify_episode") else OwnPrivate(source)
+
+    def harness(self) -> dict[str, str]:
+        """The file's own, or the general one with its ``PROMPT`` and ``PARAMS``."""
+        source = self._source()
+        params = {"form": "chat", "extract": "whole", **self._setting("PARAMS", {}, dict)}
+        return source.harness or reference_files(
+            name="chat", system_prompt=self._setting("PROMPT", source.description, str), params=params
+        )
+
+    def tools(self, example: Example) -> Mapping[str, Tool]:
+        """What ``tools(item)`` gives for the item without its answer; plain functions are called with the arguments."""
+        make = getattr(self._source().module, "tools", None)
+        if make is None:
+            return {}
+        item = {"id": example.id, "input": example.input, **example.input}
+        return {name: _tool(function) for name, function in make(item).items()}
+
+    def baselines(self, public: PublicFace) -> Sequence[Baseline]:
+        """The best constant of train, and those of ``BASELINES``: functions of an item without its answer, by name."""
+        rules: dict[str, Callable[[dict[str, Any]], str]] = self._setting("BASELINES", {}, dict)
+        return (
+            constant_baseline("best-constant", public, best_constant(public)),
+            *(rule_baseline(name, public, _rule(rule)) for name, rule in rules.items()),
+        )
+
+    def defaults(self) -> dict[str, Any]:
+        defaults: dict[str, Any] = self._setting("DEFAULTS", {}, dict) if self._path is not None else {}
+        return {"evaluation": {"train_groups": 16, "train_samples": 4}, "max_generations": 2, **defaults}
+
+
+def _rule(rule: Callable[[dict[str, Any]], Any]) -> Callable[[Example], str]:
+    return lambda example: str(rule({"id": example.id, "input": example.input, **example.input}))
+
+
+def _tool(function: Callable[..., Any]) -> Tool:
+    async def call(arguments: dict[str, Any]) -> str:
+        result = function(**arguments)
+        return str(await result if inspect.isawaitable(result) else result)
+
+    return call

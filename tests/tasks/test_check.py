@@ -1,0 +1,203 @@
+"""The conformance kit: sound tasks pass, and each planted fault is found by the check that is for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from bascule.plugins.kit import GARBAGE, Check, bound, face_checks, leaves, score_checks
+from bascule.plugins.loader import plugins
+from bascule.plugins.task import Task
+from bascule.plugins.tasks.arith import Arith
+from bascule.plugins.tasks.own import Own, named
+from bascule.plugins.tasks.own_new import write_file
+from bascule.plugins.tasks.rooms import Rooms
+from bascule.runtime.audit.conformance import conformance
+from bascule.schemas.errors import ConfigError
+from bascule.schemas.events import Split
+from bascule.schemas.trajectory import Verdict
+from bascule.verifiers.scoring_process import Request, judge
+
+VERIFY = 'answer.strip() == item["answer"]'
+ITEM = '{"question": f"{n} {middle} {n + 1}", "answer": str(middle)}'
+
+
+def text_of(verify: str = VERIFY, item: str = ITEM) -> str:
+    """A task that asks for the number in the middle, with another verifier or other items."""
+    return f"""
+DESCRIPTION = "Say the number in the middle."
+def items(split):
+    first = {{"train": 0, "dev": 1000, "sealed": 2000}}[split]
+    return [one(n, n * 7 % 60 + 100) for n in range(first, first + 60)]
+def one(n, middle):
+    return {item}
+def verify(item, answer):
+    return {verify}
+"""
+
+
+async def broken(task: Task) -> dict[str, Check]:
+    """What does not hold, by the process's own judge."""
+    public = task.public()
+    face = task.private()
+
+    async def score(split: Split, example: str, answer: str | None) -> Verdict:
+        # As the scorer sends it: JSON cannot hold a lone surrogate.
+        text = None if answer is None else answer.encode("utf-8", "replace").decode()
+        return judge(face, Request(id=0, split=split, example=example, answer=text))
+
+    checks = [*face_checks(task, public), *await score_checks(public, score)]
+    for check in checks:
+        assert (check.next_step != "") == (check.outcome == "broken"), check
+    return {c.name: c for c in checks if c.outcome == "broken"}
+
+
+def own(path: Path, text: str) -> Own:
+    path.write_text(text)
+    found = named(str(path))
+    assert found is not None
+    return Own(found["params"])
+
+
+@pytest.mark.parametrize("task", [Arith({}), Rooms({})], ids=["arith", "rooms"])
+async def test_the_built_in_tasks_hold(task: Task) -> None:
+    assert await broken(task) == {}
+
+
+async def test_a_sound_file_and_the_template_hold(tmp_path: Path) -> None:
+    assert await broken(own(tmp_path / "sound.py", text_of())) == {}
+    found = named(str(write_file(tmp_path / "template.py")))
+    assert found is not None
+    assert await broken(Own(found["params"])) == {}
+
+
+@pytest.mark.parametrize(
+    ("verify", "names"),
+    [
+        ('item["answer"] in answer', {"fields", "prose", "twice"}),
+        ('int(answer) == int(item["answer"])', {"garbage"}),
+        ('answer in item["answer"]', {"garbage", "constants"}),
+        ("len(answer) / 1000", {"garbage", "prose"}),
+        ("float('nan')", {"truths", "garbage"}),
+        ("False", {"truths"}),
+        ("True", {"garbage", "constants", "fields", "prose", "twice"}),
+        ('answer.strip() == item["answer"] or answer.isdigit()', {"garbage", "constants"}),
+    ],
+)
+async def test_a_verifier_with_a_hole_is_found(tmp_path: Path, verify: str, names: set[str]) -> None:
+    found = await broken(own(tmp_path / "bad.py", text_of(verify=verify)))
+    assert names <= set(found)
+    assert "truths" in names or "truths" not in found
+
+
+@pytest.mark.parametrize(
+    ("item", "names"),
+    [
+        ('{"question": f"{n}", "answer": "yes" if n % 10 else "no"}', {"constants"}),
+        ('{"question": f"{n}", "answer": str(n % 1000)}', {"constants"}),
+        ('{"input": {"question": f"{n}", "more": {"key": middle}}, "answer": str(middle)}', {"fields"}),
+        ('{"input": {"question": f"{n}", "truth": n}, "answer": str(middle)}', {"answers"}),
+        ('{"id": f"i{n}", "question": f"{middle} {n % 1000}", "answer": str(middle)}', {"questions"}),
+    ],
+)
+async def test_items_that_give_themselves_away_are_found(tmp_path: Path, item: str, names: set[str]) -> None:
+    assert set(await broken(own(tmp_path / "bad.py", text_of(item=item)))) == names
+
+
+async def test_a_face_that_is_not_sound_is_found() -> None:
+    class Odd(Arith):
+        calls = 0
+
+        def public(self) -> Any:
+            face = super().public()
+            Odd.calls += 1
+            first = msgspec.structs.replace(face.dev[0], id=face.dev[1].id, group=face.train[0].group)
+            return msgspec.structs.replace(
+                face,
+                dev=(first, *face.dev[1:]),
+                description=f" {'' if Odd.calls < 2 else Odd.calls}",
+                answers={k: v for k, v in face.answers.items() if k != face.train[0].id},
+            )
+
+        def harness(self) -> dict[str, str]:
+            return {**super().harness(), "manifest.json": json.dumps({"name": "n", "tools": ["fly"]})}
+
+        def baselines(self, public: Any) -> Any:
+            first, *_ = super().baselines(public)
+            return [first, msgspec.structs.replace(first, answers={**first.answers, "sealed": {}})]
+
+        def defaults(self) -> dict[str, Any]:
+            return {"max_generations": -1}
+
+    task = Odd({})
+    public = task.public()
+    names = {c.name for c in face_checks(task, public) if c.outcome == "broken"}
+    assert names == {"same-face", "told", "ids", "groups", "answers", "harness", "baselines", "defaults"}
+
+
+def test_a_bound_is_a_little_over_what_equal_shares_would_give() -> None:
+    public = Arith({}).public()
+    assert 0.1 < bound(public) < 0.15
+    assert bound(msgspec.structs.replace(public, answers=dict.fromkeys(public.answers, "x"))) == 1.0
+    two = {k: "ab"[i % 2] for i, k in enumerate(public.answers)}
+    assert bound(msgspec.structs.replace(public, answers=two)) == pytest.approx(0.725)
+
+
+def test_fields_are_told_by_their_places() -> None:
+    value = {"a": 1, "b": {"c": [True, {"d": "x"}], "e": None}}
+    assert list(leaves(value)) == [("a", "1"), ("b.c[]", "True"), ("b.c[].d", "x")]
+    assert None in GARBAGE.values()
+
+
+def bascule(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "bascule.runtime.cli", *args],
+        env={k: v for k, v in os.environ.items() if k != "BASCULE_HOME"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_new_and_check_work_from_the_command_line(tmp_path: Path) -> None:
+    """The whole suite: another process, the scoring process, an episode of the first harness, baselines."""
+    path = tmp_path / "mine.py"
+    assert bascule("tasks", "new", str(path)).returncode == 0
+    assert "is there already" in bascule("tasks", "new", str(path)).stderr
+    done = bascule("tasks", "check", str(path), "--json")
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["ok"]) == (0, True), [c for c in found["checks"] if c["outcome"] == "broken"]
+    names = {c["name"] for c in found["checks"]}
+    assert {"same-elsewhere", "truths", "garbage", "constants", "allowed", "episode", "scored-baselines"} <= names
+
+
+def test_a_task_that_does_not_hold_exits_with_1_and_says_what_to_do(tmp_path: Path) -> None:
+    """Its items follow from the hash seed, its verifier searches the answer, and its harness crashes."""
+    path = tmp_path / "bad.py"
+    crash = {"harness.py": "raise RuntimeError('no')", "manifest.json": '{"name": "n"}', "system_prompt.md": "x"}
+    text = text_of(verify='item["answer"] in answer', item=ITEM.replace("{n} {middle}", "{n} {hash('a')} {middle}"))
+    path.write_text(f"{text}\nHARNESS = {crash!r}\n")
+    done = bascule("tasks", "check", str(path))
+    assert done.returncode == 1, done.stderr
+    lines = done.stdout.splitlines()
+    broken_ones = {line.split()[1] for line in lines if line.startswith("BROKEN")}
+    assert {"same-elsewhere", "prose", "episode"} <= broken_ones
+    assert any("Compare the whole answer" in line for line in lines)
+    assert "Traceback" not in done.stderr
+
+
+async def test_a_file_that_does_not_load_is_one_broken_check(tmp_path: Path) -> None:
+    path = tmp_path / "bad.py"
+    path.write_text("def items(:\n")
+    (check,) = await conformance(plugins(), "own", {"path": str(path)})
+    assert (check.name, check.outcome) == ("face", "broken")
+    assert "line 1" in check.found
+    with pytest.raises(ConfigError, match="There is no task 'nothing'"):
+        await conformance(plugins(), "nothing", {})

@@ -1,0 +1,123 @@
+"""The working folder of a program, by descriptor: files are put there, and what came of them is read.
+
+What the program left is hostile: no link is followed, nothing but plain files is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from pathlib import PurePosixPath
+
+_CHUNK = 1 << 20
+
+
+class TooLarge(Exception):
+    """The results are larger than was allowed."""
+
+
+def parts_of(name: str) -> tuple[str, ...]:
+    """The parts of a relative name.
+
+    Raises:
+        ValueError: it is none that stays in the folder.
+    """
+    parts = tuple(name.split("/"))
+    if not name or "\0" in name or any(part in ("", ".", "..") for part in parts) or PurePosixPath(name).is_absolute():
+        raise ValueError(f"{name!r} is no name of a file in the working folder.")
+    return parts
+
+
+def put(folder: int, files: Mapping[str, bytes], owner: int | None = None) -> None:
+    """Write files into an empty folder.
+
+    Args:
+        folder: its descriptor.
+        owner: user and group id that they are to belong to; None: as they are made.
+
+    Raises:
+        ValueError: a name leaves the folder.
+        OSError: there is no room, or the names contradict each other.
+    """
+    for name, data in files.items():
+        *inner, last = parts_of(name)
+        with contextlib.ExitStack() as stack:
+            at = folder
+            for part in inner:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(part, 0o700, dir_fd=at)
+                    if owner is not None:
+                        os.chown(part, owner, owner, dir_fd=at, follow_symlinks=False)
+                at = _open(part, os.O_DIRECTORY, at)
+                stack.callback(os.close, at)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            with os.fdopen(os.open(last, flags, 0o600, dir_fd=at), "wb") as file:
+                file.write(data)
+                if owner is not None:
+                    os.fchown(file.fileno(), owner, owner)
+
+
+def take(folder: int, names: Iterable[str], most: int) -> dict[str, bytes]:
+    """Read plain files; what is not there, is a link, or lies behind one, is left out.
+
+    Args:
+        most: bytes altogether.
+
+    Raises:
+        TooLarge: there are more.
+    """
+    found: dict[str, bytes] = {}
+    for name in names:
+        *inner, last = parts_of(name)
+        with contextlib.ExitStack() as stack:
+            try:
+                at = folder
+                for part in inner:
+                    at = _open(part, os.O_DIRECTORY, at)
+                    stack.callback(os.close, at)
+                descriptor = _open(last, os.O_NONBLOCK, at)
+            except OSError:
+                continue
+            stack.callback(os.close, descriptor)
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                continue
+            # A hole in a file is as long as its author wants: the size is asked before anything is read.
+            if status.st_size > most:
+                raise TooLarge(name)
+            found[name] = _read(descriptor, status.st_size)
+            most -= len(found[name])
+    return found
+
+
+def used(path: str) -> int:
+    """Bytes that a tree occupies; what vanishes meanwhile counts no more."""
+    total = 0
+    waiting = [path]
+    while waiting:
+        try:
+            with os.scandir(waiting.pop()) as entries:
+                for entry in entries:
+                    with contextlib.suppress(OSError):
+                        total += entry.stat(follow_symlinks=False).st_blocks * 512
+                        if entry.is_dir(follow_symlinks=False):
+                            waiting.append(entry.path)
+        except OSError:
+            continue
+    return total
+
+
+def _open(name: str, flags: int, at: int) -> int:
+    return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | flags, dir_fd=at)
+
+
+def _read(descriptor: int, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        part = os.read(descriptor, min(_CHUNK, size - len(data)))
+        if not part:
+            break
+        data += part
+    return bytes(data)

@@ -1,0 +1,229 @@
+"""Start a program by ``confine/launcher.py``: its plan, its folders, its streams, its files."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import marshal
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bascule.plugins.sandbox import Program, Ran
+from bascule.verifiers.sandbox import folder, plans, processes
+from bascule.verifiers.sandbox.packages import Mount, executable
+from bascule.verifiers.sandbox.watched import Started
+
+FLAGS = ("-P", "-s", "-S", "-B")
+"""Of our own programs by path: nothing is imported but the standard library."""
+
+_CONFINE = Path(__file__).with_name("confine")
+# In the order in which they import each other.
+_MODULES = ("__init__", "kernel", "landlock", "own_root", "syscalls", "seal", "launcher")
+# What the launcher runs: it gets the package confine compiled, so that it neither looks for it nor compiles it, and
+# nothing but built-in modules is imported before.
+_BOOT = """
+import _socket, marshal, os, sys
+control = _socket.socket(fileno=int(sys.argv[1]))
+def exactly(size):
+    data = b""
+    while len(data) < size:
+        data += control.recv(size - len(data)) or os._exit(1)
+    return data
+codes, plan = [marshal.loads(exactly(int.from_bytes(exactly(4), "big"))) for _ in range(2)]
+for name, code in codes:
+    module = sys.modules[name] = type(sys)(name)
+    module.__package__, module.__path__ = "confine", []
+    exec(code, module.__dict__)
+module.main(control, plan)
+"""
+_START_SECONDS = 60.0
+_MOST_SAID = 4000
+
+
+class NotStarted(Exception):
+    """A program could not be started; the message says why."""
+
+
+def refused(why: str) -> Ran:
+    return Ran(ending="refused", stderr=why.encode("utf-8", "replace"))
+
+
+def launch(
+    plan: Mapping[str, Any],
+    program: Program,
+    *,
+    ours: int,
+    stdin: bool,
+    box: Path | None,
+    owner: int | None,
+    environment: Mapping[str, str],
+    release: Callable[[], None],
+) -> Started:
+    """Start a program, confined as the plan says.
+
+    Args:
+        plan: of :func:`plans.plan`.
+        ours: processes besides the program's below the one in front.
+        stdin: whether its standard input is a pipe; otherwise it is empty.
+        box: the folder of this machine that holds its folders; None where it has its own root.
+        owner: whom the files are to belong to.
+        release: called when all is over.
+
+    Raises:
+        NotStarted: with the reason; ``release`` has been called.
+    """
+    with contextlib.ExitStack() as undo:
+        undo.callback(release)
+        control, theirs = socket.socketpair()
+        undo.callback(control.close)
+        life, lifeline = os.pipe()
+        undo.callback(os.close, lifeline)
+        plan = {
+            **msgspec.to_builtins(plan),
+            "lifeline": life,
+            # Where the installation's own site-packages cannot be hidden, they are not looked for.
+            "arguments": [executable(), *(("-S",) if box else ()), "-s", "-B", *program.arguments],
+            "environment": dict(environment),
+        }
+        try:
+            process = subprocess.Popen(
+                [executable(), *FLAGS, "-c", _BOOT, str(theirs.fileno())],
+                stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                pass_fds=(theirs.fileno(), life),
+                env={},
+                cwd="/",
+                start_new_session=True,
+            )
+        except OSError as e:
+            raise NotStarted(f"{executable()}: {e}") from e
+        finally:
+            theirs.close()
+            os.close(life)
+        undo.callback(_end, process)
+        control.settimeout(_START_SECONDS)
+        try:
+            control.sendall(_compiled() + _framed(plan))
+            said, descriptors, _, _ = socket.recv_fds(control, _MOST_SAID, 1)
+            if not descriptors:
+                raise NotStarted(_reason(said, process))
+            undo.callback(os.close, descriptors[0])
+            folder.put(descriptors[0], program.files, owner)
+            control.sendall(b"g")
+            if said := control.recv(_MOST_SAID):
+                raise NotStarted(_reason(said, process))
+        except (OSError, ValueError) as e:
+            raise NotStarted(f"{type(e).__name__}: {e}") from e
+        undo.pop_all()
+        control.close()
+    return Started(
+        process=process,
+        lifeline=lifeline,
+        folder=descriptors[0],
+        ours=ours,
+        used=(lambda: folder.used(str(box))) if box is not None else (lambda: _used_of_file_system(descriptors[0])),
+        disk=program.disk_mb << 20,
+        release=release,
+    )
+
+
+@functools.cache
+def _compiled() -> bytes:
+    """The modules of the launcher, by name, for an interpreter like this one."""
+    codes = []
+    for name in _MODULES:
+        path = _CONFINE / f"{name}.py"
+        code = compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
+        codes.append((f"confine.{name}".removesuffix(".__init__"), code))
+    return _framed(codes)
+
+
+def _framed(value: Any) -> bytes:
+    data = marshal.dumps(value)
+    return len(data).to_bytes(4, "big") + data
+
+
+def _reason(said: bytes, process: subprocess.Popen[bytes]) -> str:
+    if said:
+        return said.decode("utf-8", "replace")
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        _, printed = process.communicate(timeout=_START_SECONDS)
+        return f"the launcher ended with {process.returncode}: {printed.decode('utf-8', 'replace')[-_MOST_SAID:]}"
+    return "the launcher gave no answer"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout, process.stderr):
+        if stream is not None:
+            stream.close()
+
+
+def _used_of_file_system(descriptor: int) -> int:
+    status = os.fstatvfs(descriptor)
+    return (status.f_blocks - status.f_bfree) * status.f_frsize
+
+
+def make_box(owner: int | None, packages: tuple[Mount, ...] = ()) -> Path:
+    """Folders of this machine for a program without a root of its own: to work in, and links to its packages.
+
+    Raises:
+        OSError: there is no room, or no right.
+    """
+    base = Path(tempfile.mkdtemp(prefix="bascule-box-"))
+    try:
+        # Its owner is we, who let others through but not look around.
+        base.chmod(0o711)
+        for name in ("work", "tmp"):
+            (base / name).mkdir(0o700)
+            if owner is not None:
+                os.chown(base / name, owner, owner)
+        (base / "packages").mkdir(0o755)
+        (base / "packages").chmod(0o755)
+        for source, target in packages:
+            link = base / target.lstrip("/")
+            link.parent.mkdir(0o755, parents=True, exist_ok=True)
+            link.symlink_to(source)
+    except OSError:
+        shutil.rmtree(base, ignore_errors=True)
+        raise
+    return base
+
+
+def folders_of(box: Path) -> plans.Box:
+    return plans.Box(str(box / "work"), str(box / "tmp"), str(box / "packages"))
+
+
+_uids_lock = threading.Lock()
+_uids_taken: set[int] = set()
+
+
+def take_uid() -> int:
+    """A user id for one program alone, so that what the kernel counts by user is counted by program."""
+    with _uids_lock:
+        used = _uids_taken | processes.uids_in_use()
+        first = secrets.randbelow(plans.UIDS)
+        for step in range(plans.UIDS):
+            uid = plans.FIRST_UID + (first + step) % plans.UIDS
+            if uid not in used:
+                _uids_taken.add(uid)
+                return uid
+    raise NotStarted(f"All {plans.UIDS} user ids from {plans.FIRST_UID} on are in use.")
+
+
+def give_uid(uid: int) -> None:
+    with _uids_lock:
+        _uids_taken.discard(uid)
