@@ -13,7 +13,6 @@ from typing import Any, Literal
 import msgspec
 
 from bascule.plugins.task import Example, PublicFace, Task
-from bascule.plugins.tasks.splits import best_constant
 from bascule.schemas.errors import BasculeError
 from bascule.schemas.events import Split
 from bascule.schemas.harness import make_harness
@@ -90,18 +89,28 @@ def spread(examples: Sequence[Example], most: int = SAMPLE) -> list[Example]:
 
 def face_checks(task: Task, public: PublicFace) -> list[Check]:
     """What can be seen without a score: splits, answers, harness, baselines, defaults."""
-    return [
-        _repeats(task, public),
-        _told(public),
-        _splits(public),
-        _ids(public),
-        _groups(public),
-        _questions(task, public),
-        _answers(public),
-        _harness(task, public),
-        _baselines(task, public),
-        _defaults(task),
-    ]
+    looks: dict[str, Callable[[], Check]] = {
+        "same-face": lambda: _repeats(task, public),
+        "told": lambda: _told(public),
+        "splits": lambda: _splits(public),
+        "ids": lambda: _ids(public),
+        "groups": lambda: _groups(public),
+        "questions": lambda: _questions(task, public),
+        "answers": lambda: _answers(public),
+        "harness": lambda: _harness(task, public),
+        "baselines": lambda: _baselines(task, public),
+        "defaults": lambda: _defaults(task),
+    }
+    return [_looked(name, look) for name, look in looks.items()]
+
+
+def _looked(name: str, look: Callable[[], Check]) -> Check:
+    """The check; broken as well if the task's own code fails in it."""
+    try:
+        return look()
+    except Exception as e:
+        fault = e.message if isinstance(e, BasculeError) else f"{type(e).__name__}: {e}"
+        return check(name, "the task's own code does not fail", [fault], "Correct the task.")
 
 
 def _repeats(task: Task, public: PublicFace) -> Check:
@@ -308,8 +317,7 @@ async def _constants(public: PublicFace, score: Score) -> Check:
 
 def _common(public: PublicFace) -> list[str]:
     """The answers that are most often right on train."""
-    often = [text for text, _ in Counter(public.answers.values()).most_common(5)]
-    return [best_constant(public), *often] if public.answers else []
+    return [text for text, _ in Counter(public.answers.values()).most_common(5)]
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -351,7 +359,7 @@ async def _prose(public: PublicFace, score: Score, words: bool) -> Check:
         "a sentence with all answers": f"The answer is {' or '.join(every)}.",
         "all answers, one a line": "\n".join(every),
         "all answers, as a list": msgspec.json.encode(every).decode(),
-        "a sentence with the commonest answer": f"The answer is clearly {best_constant(public)}.",
+        "a sentence with the commonest answer": f"The answer is clearly {(_common(public) or [''])[0]}.",
     }
     applies = words and len(every) > 1
     scores = {n: await _mean(public, score, lambda _i, _e, t=t: t) for n, t in texts.items()} if applies else {}  # type: ignore[misc]

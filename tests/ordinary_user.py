@@ -79,9 +79,9 @@ def _show(paths: Sequence[str]) -> None:
         return
     kernel.unshare(kernel.CLONE_NEWNS)
     kernel.mount("none", "/", flags=kernel.MS_REC | kernel.MS_PRIVATE)
-    for closed, inner in hidden.items():
+    for cover, inner in hidden.items():
         held = {path: os.open(path, os.O_PATH) for path in inner}
-        kernel.mount("cover", closed, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=0755")
+        kernel.mount("cover", cover, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=0755")
         for path, descriptor in held.items():
             os.makedirs(path, 0o755, exist_ok=True)
             kernel.mount(f"/proc/self/fd/{descriptor}", path, flags=kernel.MS_BIND | kernel.MS_REC)

@@ -222,7 +222,8 @@ class Denoising:
             "levers": ["harness"],
             # A program gives the same at every temperature.
             "evaluation": {"train_groups": 2, "train_samples": 1},
-            "max_generations": 2,
+            # The first search finds nearly all that there is in this harness: .04 to .30, and the second .004 more.
+            "max_generations": 1,
         }
 
 

@@ -56,9 +56,13 @@ class Worker:
         self._running = running
         self._clock = clock
 
-    def opened(self) -> tuple[Reply, Reply]:
-        """Wait until it has torch, and until it has loaded the kernel."""
-        return self._reply(), self._reply()
+    def ready(self) -> Reply:
+        """Wait until it has torch; nothing of the kernel's has run by then."""
+        return self._reply()
+
+    def loaded(self) -> Reply:
+        """Wait until it has loaded the kernel."""
+        return self._reply()
 
     def prepare(self, case: Case, seed: int, *, check: bool) -> None:
         """Have it make the inputs of a call; with ``check`` it looks whether the kernel changes them."""

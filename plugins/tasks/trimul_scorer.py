@@ -117,7 +117,7 @@ class TrimulPrivate:
 
         Raises:
             KeyError: the split has no such example.
-            ScoringError: the reference does not run.
+            ScoringError: the programs do not run.
         """
         return self.measure(split, example, answer).verdict()
 
@@ -136,11 +136,11 @@ class TrimulPrivate:
         for last in (False, True):
             try:
                 return self._interpreted(kernel) if triton else self._measured(kernel, cases)
-            except _ReferenceLost as e:
+            except _RuntimeLost as e:
                 self.close()
                 if last:
                     raise ScoringError(
-                        "The reference kernel of the task trimul does not run in the sandbox.",
+                        "The programs of the task trimul do not run in the sandbox.",
                         next_step="Check that torch is installed and that the machine has 4 GiB of free memory.",
                     ) from e
         raise AssertionError
@@ -181,15 +181,14 @@ class TrimulPrivate:
         running, worker = started(self._use(), asked, self._clock)
         stack.callback(running.__exit__, None, None, None)
         try:
-            _, loaded = worker.opened()
+            worker.ready()
         except Lost as e:
-            ran = running.wait()
-            if ran.ending == "refused":
-                raise ScoringError(
-                    "The sandbox did not start the candidate of the task trimul.",
-                    next_step="Look at the sandbox's report.",
-                ) from e
-            raise _Wrong(f"the candidate: {e}; {ran.ending}") from e
+            # Nothing of the candidate's has run yet, so it cannot be what failed.
+            raise _RuntimeLost(str(e)) from e
+        try:
+            loaded = worker.loaded()
+        except Lost as e:
+            raise _Wrong(f"kernel.py cannot be loaded: {e}") from e
         if not loaded.ok:
             raise _Wrong(loaded.why)
         return worker
@@ -198,11 +197,11 @@ class TrimulPrivate:
         if self._reference is None:
             self._reference = started(self._use(), program(REFERENCE, "reference", seconds=LIFETIME), self._clock)
             try:
-                ready, loaded = self._reference[1].opened()
+                ready, loaded = self._reference[1].ready(), self._reference[1].loaded()
             except Lost as e:
-                raise _ReferenceLost(str(e)) from e
+                raise _RuntimeLost(str(e)) from e
             if not loaded.ok:
-                raise _ReferenceLost(loaded.why)
+                raise _RuntimeLost(loaded.why)
             self._peak = ready.peak
         return self._reference[1]
 
@@ -218,9 +217,9 @@ class TrimulPrivate:
             worker.prepare(case, seed, check=False)
             reply, seconds = worker.go(with_vectors)
         except Lost as e:
-            raise _ReferenceLost(str(e)) from e
+            raise _RuntimeLost(str(e)) from e
         if not reply.ok:
-            raise _ReferenceLost(reply.why)
+            raise _RuntimeLost(reply.why)
         return seconds, reply.cpu, reply.sha256
 
     def _call(self, candidate: Worker, case: Case, *, check: bool) -> tuple[float, float, float]:
@@ -243,7 +242,7 @@ class TrimulPrivate:
         try:
             right = self._reference_worker().output(case, digest)
         except Lost as e:
-            raise _ReferenceLost(str(e)) from e
+            raise _RuntimeLost(str(e)) from e
         wrong = difference(given, right)
         if wrong:
             raise _Wrong(f"{case.name}: {wrong}")
@@ -270,8 +269,8 @@ class TrimulPrivate:
         return self._programs
 
 
-class _ReferenceLost(Exception):
-    """The reference's worker failed, which is nobody's fault who is scored."""
+class _RuntimeLost(Exception):
+    """The reference's program or the sandbox failed, which is nobody's fault who is scored."""
 
 
 def imports_triton(kernel: str) -> bool:

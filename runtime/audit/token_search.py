@@ -127,8 +127,8 @@ def search(source: IO[bytes], inside: str = "", depth: int = DEPTH) -> Iterator[
     """The tokens in a file that can be read again and again, and in what it packs: archives and compressed files.
 
     Yields:
-        Where inside the file (empty for the file itself), and what; near a border of chunks the same may come again, also
-        cut off.
+        Where inside the file (empty for the file itself), and what; near a border of chunks the same may come again,
+        also cut off.
     """
     source.seek(0)
     kept = b""
@@ -176,7 +176,8 @@ def _decompressor(head: bytes, source: IO[bytes]) -> IO[bytes] | None:
     if head.startswith(b"\x28\xb5\x2f\xfd"):
         import zstandard
 
-        return cast("IO[bytes]", zstandard.ZstdDecompressor().stream_reader(source, read_across_frames=True, closefd=False))
+        unpacker = zstandard.ZstdDecompressor()
+        return cast("IO[bytes]", unpacker.stream_reader(source, read_across_frames=True, closefd=False))
     return None
 
 

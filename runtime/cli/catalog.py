@@ -24,7 +24,8 @@ def tasks(context: typer.Context, as_json: Json = False) -> None:
     from bascule.plugins.loader import plugins
 
     registry = plugins().registry
-    rows = {name: registry.tasks.get(name)({}).summary for name in sorted(registry.tasks.items)}
+    names = sorted([*registry.tasks.items, *(f"{prefix}<name>" for prefix in registry.tasks.families)])
+    rows = {name: registry.tasks.get(name)({}).summary for name in names}
     if as_json:
         print_json(rows)
         return

@@ -224,6 +224,8 @@ class ZygoteHost:
             finally:
                 self._running.pop(number, None)
                 episode.close()
+        if report is None:
+            await asyncio.to_thread(self._ended)
         if running.over_memory and (report is None or ending != "stopped"):
             return Outcome(ending="memory", seconds=episode.seconds)
         if report is None and not (self._guest and ending in ("stopped", "timeout", "output-limit")):

@@ -26,9 +26,12 @@ COUNTING = (
 MECHANISMS = [(), ("namespaces",)]
 
 
-@pytest.fixture(params=MECHANISMS, ids=["namespaces", "none"])
+BOTH = pytest.mark.parametrize("pool", MECHANISMS, ids=["namespaces", "none"], indirect=True)
+
+
+@pytest.fixture
 async def pool(request: pytest.FixtureRequest) -> AsyncIterator[HarnessPool]:
-    pool = HarnessPool(without=request.param)
+    pool = HarnessPool(without=getattr(request, "param", ()))
     yield pool
     await pool.close()
 
@@ -56,6 +59,7 @@ async def answers(pool: HarnessPool, harness: Harness, n: int, batch: Batch = BA
     return [t.answer or "" for t in played]
 
 
+@BOTH
 async def test_prepare_runs_once_for_all_episodes_of_a_batch_and_gets_its_data(pool: HarnessPool) -> None:
     code = solving("return repr(context.prepared)")
     first, *others = await answers(pool, code, 12)
@@ -69,6 +73,7 @@ async def test_a_batch_without_prepare_prepares_nothing(pool: HarnessPool) -> No
     assert await answers(pool, solving("return repr(context.prepared)", before=""), 2) == ["None", "None"]
 
 
+@BOTH
 async def test_what_an_episode_changes_the_next_one_does_not_see(pool: HarnessPool) -> None:
     body = """
 import harness
@@ -82,6 +87,7 @@ return repr(seen)
     assert eval(found[0][0])[:3] == (2, 0, [])
 
 
+@BOTH
 async def test_episodes_of_a_batch_cannot_reach_one_another(pool: HarnessPool) -> None:
     """One waits while the other looks for its folder, its memory, its descriptors, and tries to end it."""
     meet, leave = asyncio.Event(), asyncio.Event()
@@ -239,7 +245,8 @@ async def test_a_server_that_plays_the_episode_itself_and_reports_no_end_is_ende
 import gc, os
 def prepare(data, context):
     zygote = [o for o in gc.get_objects() if type(o).__name__ == 'Zygote'][0]
-    zygote._start = lambda message, channel, output: os.write(channel, bytes([1]) + (7).to_bytes(4, 'big') + b'no json')
+    frame = bytes([1]) + (7).to_bytes(4, 'big') + b'no json'
+    zygote._start = lambda message, channel, output: os.write(os.dup(channel), frame)
 """
     monkeypatch.setattr(host, "_REPORT_SECONDS", 1.0)
     pool = HarnessPool()

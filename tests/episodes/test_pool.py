@@ -95,14 +95,18 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-# As the machine offers it, and where it offers no namespaces.
-@pytest.fixture(params=[(), ("namespaces",)], ids=["namespaces", "none"])
+@pytest.fixture
 async def pool(request: pytest.FixtureRequest) -> AsyncIterator[HarnessPool]:
-    pool = HarnessPool(without=request.param)
+    pool = HarnessPool(without=getattr(request, "param", ()))
     yield pool
     await pool.close()
 
 
+# As the machine offers it, and where it offers no namespaces.
+BOTH = pytest.mark.parametrize("pool", [(), ("namespaces",)], ids=["namespaces", "none"], indirect=True)
+
+
+@BOTH
 async def test_an_answer_comes_back_from_a_process_of_its_own(pool: HarnessPool) -> None:
     outcome, heard = await play(pool, harness(GOOD))
     assert (outcome.ending, outcome.exit_code, heard.answer) in (("stopped", 0, "why!"), ("stopped", -9, "why!"))
@@ -136,6 +140,7 @@ async def test_a_module_that_does_not_parse_is_an_exception_of_its_episode(pool:
     assert "SyntaxError" in outcome.output
 
 
+@BOTH
 @pytest.mark.parametrize(
     ("body", "code"),
     [
@@ -211,6 +216,7 @@ async def test_output_without_end_is_cut_off(pool: HarnessPool, body: str) -> No
     assert sum(map(len, heard.notes)) <= 64 * 1024
 
 
+@BOTH
 async def test_processes_that_an_episode_forked_are_gone_with_it(pool: HarnessPool) -> None:
     body = """
 for _ in range(20):
@@ -229,6 +235,7 @@ return tools.call('wait')
     assert not episodes()
 
 
+@BOTH
 @pytest.mark.parametrize("end", ["return 'done'", "os._exit(1)", "while True: pass"])
 async def test_a_daemon_is_gone_with_its_episode_and_nobody_else_is(pool: HarnessPool, end: str) -> None:
     meeting = asyncio.Event()
@@ -278,6 +285,7 @@ return repr(dict(os.environ)) + repr(real) + repr(sys.argv + sys.path)
     assert names == {"BASCULE_ZYGOTE", "HOME", "LANG", "PATH", "PYTHONHASHSEED", "TMPDIR", "TZ", *threads}
 
 
+@BOTH
 async def test_no_descriptor_is_inherited_and_stdin_is_empty(pool: HarnessPool) -> None:
     body = """
 there = []
@@ -293,6 +301,7 @@ return repr((there, sys.stdin.read()))
     assert heard.answer == "([0, 1, 2, 3], '')"
 
 
+@BOTH
 @pytest.mark.parametrize(
     ("body", "error"),
     [
@@ -327,6 +336,7 @@ return tools.call('wait')
         await running
 
 
+@BOTH
 async def test_the_private_folder_is_writable_and_empty_for_the_next_one_whatever_was_in_it(pool: HarnessPool) -> None:
     body = """
 folder = os.getcwd()
@@ -373,6 +383,7 @@ async def test_no_more_children_run_than_allowed() -> None:
     assert 1 <= most <= 3
 
 
+@BOTH
 async def test_a_cancelled_episode_leaves_nothing(pool: HarnessPool) -> None:
     running = asyncio.create_task(
         play(pool, solving("context.note(grandchild())\ntime.sleep(1000)"), heard=(heard := Heard()))
@@ -399,6 +410,7 @@ async def test_the_set_order_and_the_seed_of_a_harness_are_the_same_in_every_zyg
     assert (await play(pool, code, alone=True))[1].answer == first
 
 
+@BOTH
 async def test_when_the_zygote_is_killed_its_episodes_are_lost_and_the_next_ones_work(pool: HarnessPool) -> None:
     heard = Heard()
     running = asyncio.create_task(play(pool, solving("context.note(grandchild())\ntime.sleep(1000)"), heard=heard))
@@ -414,6 +426,7 @@ async def test_when_the_zygote_is_killed_its_episodes_are_lost_and_the_next_ones
     await until(lambda: not any(alive(pid) for pid in there))
 
 
+@BOTH
 async def test_a_harness_cannot_signal_the_zygote(pool: HarnessPool) -> None:
     body = """
 for number in (1, os.getppid(), int(tools.call('wait'))):

@@ -104,7 +104,7 @@ async def test_a_verifier_with_a_hole_is_found(tmp_path: Path, verify: str, name
         ('{"question": f"{n}", "answer": str(n % 1000)}', {"constants"}),
         ('{"input": {"question": f"{n}", "more": {"key": middle}}, "answer": str(middle)}', {"fields"}),
         ('{"input": {"question": f"{n}", "truth": n}, "answer": str(middle)}', {"answers"}),
-        ('{"id": f"i{n}", "question": f"{middle} {n % 1000}", "answer": str(middle)}', {"questions"}),
+        ('{"id": f"i{n}", "question": f"{n % 1000}", "answer": str(n % 1000 % 7 + 90)}', {"questions"}),
     ],
 )
 async def test_items_that_give_themselves_away_are_found(tmp_path: Path, item: str, names: set[str]) -> None:

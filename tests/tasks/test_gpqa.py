@@ -43,7 +43,9 @@ def test_sealed_is_all_198_and_shares_nothing_with_train_and_dev(public: PublicF
     assert {e.id for e in public.sealed} == set(key)
     for name in ("id", "group"):
         sets = [{getattr(e, name) for e in public.split(s)} for s in SPLITS]
-        assert not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])
+        assert not (sets[0] & sets[1])
+        assert not (sets[0] & sets[2])
+        assert not (sets[1] & sets[2])
     texts = [e.input["question"] for s in SPLITS for e in public.split(s)]
     assert len(set(texts)) == len(texts)
 

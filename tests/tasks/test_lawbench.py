@@ -55,7 +55,9 @@ def test_sealed_is_the_913_and_no_text_of_it_is_in_another_split(public: PublicF
     assert {e.id for e in public.sealed} == set(key)
     assert len(public.sealed) == 913
     texts = {s: {e.input["text"] for e in public.split(s)} for s in SPLITS}
-    assert not (texts["train"] & texts["dev"] or texts["train"] & texts["sealed"] or texts["dev"] & texts["sealed"])
+    assert not (texts["train"] & texts["dev"])
+    assert not (texts["train"] & texts["sealed"])
+    assert not (texts["dev"] & texts["sealed"])
     verbatim = {row["text"] for row in member("training_data/train.csv")} & texts["sealed"]
     assert len(verbatim) == 12, "they were there, and are gone"
     assert (len(public.train), len(public.dev)) == (5332 - 18 - 250, 250)
@@ -63,7 +65,9 @@ def test_sealed_is_the_913_and_no_text_of_it_is_in_another_split(public: PublicF
 
 def test_groups_do_not_straddle_and_only_train_has_answers(public: PublicFace) -> None:
     groups = [{e.group for e in public.split(s)} for s in SPLITS]
-    assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
+    assert not (groups[0] & groups[1])
+    assert not (groups[0] & groups[2])
+    assert not (groups[1] & groups[2])
     assert set(public.answers) == {e.id for e in public.train}
     assert set(public.answers.values()) <= set(charges())
     assert len(charges()) == 191
@@ -90,7 +94,7 @@ def test_dev_takes_each_charges_share_in_whole_groups_and_follows_its_seed() -> 
 def test_near_duplicates_are_what_comparing_every_pair_finds() -> None:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    r = random.Random(3)  # noqa: S311
+    r = random.Random(3)
     texts = ["".join(r.choices("盗窃抢劫被告人民检察院指控罪年月日在", k=r.randint(60, 200))) for _ in range(60)]
     for i in range(0, 60, 2):
         changed = list(texts[i])

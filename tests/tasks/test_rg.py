@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from bascule.plugins.loader import plugins
+from bascule.plugins.registry import NameTaken, Registry
 from bascule.plugins.task import PublicFace
 from bascule.plugins.tasks import rg, rg_data
 from bascule.plugins.tasks.rg import ReasoningGym, ReasoningGymPrivate
@@ -49,6 +50,14 @@ def test_a_name_with_a_prefix_is_found_pinned_and_owned_by_its_family() -> None:
     for unknown in ("gr:chain_sum", "rg", "rg-chain_sum"):
         with pytest.raises(ConfigError, match=r"There is no task .*rg:<name>"):
             loaded.registry.tasks.get(unknown)
+
+
+def test_two_plugins_cannot_have_one_family() -> None:
+    registry = Registry()
+    registry.task_family("rg", lambda name: lambda params: ReasoningGym(name, params), version="1")
+    registry.owner = "other"
+    with pytest.raises(NameTaken, match=r"family 'rg:': bascule and other"):
+        registry.task_family("rg", lambda name: lambda params: ReasoningGym(name, params), version="1")
 
 
 def test_splits_come_from_disjoint_seeds_and_share_no_question(public: PublicFace) -> None:

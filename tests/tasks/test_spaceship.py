@@ -12,8 +12,8 @@ import pytest
 
 from bascule.plugins.task import Baseline, PublicFace
 from bascule.plugins.tasks import sia_data
-from bascule.plugins.tasks.spaceship import Spaceship, SpaceshipPrivate, question
 from bascule.plugins.tasks.sia_data import WHEEL
+from bascule.plugins.tasks.spaceship import Spaceship, SpaceshipPrivate, question
 from bascule.plugins.tasks.spaceship_classical import features
 from bascule.plugins.tasks.spaceship_data import DEV_ROWS, split_rows
 from bascule.plugins.wheels import fetch_wheel

@@ -9,6 +9,7 @@ import pytest
 from bascule.plugins.tasks.trimul import Trimul
 from bascule.plugins.tasks.trimul_kernels import REFERENCE
 from bascule.plugins.tasks.trimul_scorer import Measured, TrimulPrivate
+from bascule.schemas.errors import ScoringError
 from bascule.schemas.trajectory import Scored
 from bascule.verifiers.sandbox.layered import LayeredSandbox
 
@@ -134,10 +135,9 @@ def test_an_honest_kernel_is_right_and_a_lost_reference_is_started_again(face: T
     assert 0 < found.reward <= 2
 
 
-def test_a_kernel_that_never_ends_is_stopped_from_outside_and_scores_nothing(
+def test_a_sandbox_that_does_not_start_a_program_is_no_fault_of_the_kernel(
     face: TrimulPrivate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(face, "_limit", 1)
-    found = measured(face, "def custom_kernel(data): ...\nwhile True:\n    pass\n")
-    assert found.verdict() == Scored(reward=0.0, passed=False)
-    assert "timeout" in found.why
+    monkeypatch.setattr(face, "_limit", 1e-3)
+    with pytest.raises(ScoringError):
+        measured(face, "custom_kernel = honest\n")

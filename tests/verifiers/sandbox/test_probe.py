@@ -68,6 +68,16 @@ def test_each_missing_mechanism_is_found_out() -> None:
     assert "processes" not in caught.value.message
 
 
+def test_without_landlock_files_are_open_and_seccomp_still_holds_the_rest() -> None:
+    report = probe(LayeredSandbox(without=("namespaces", "landlock")))
+    held = {canary.name for canary in report.canaries if canary.held}
+    assert "files" not in report.holds
+    # As root the program has another user id, and may be unable even to read the interpreter: then nothing is held.
+    if os.geteuid() != 0 and "seccomp" in report.mechanisms:
+        assert {"network", "privileges", "memory", "disk", "time"} <= set(report.holds)
+        assert {"signal-parent", "signal-other", "trace-other", "fork-where-forbidden", "outlive"} <= held
+
+
 def test_what_is_not_required_may_be_missing() -> None:
     report = SandboxReport(kind="layered", mechanisms=(), missing=("seccomp: none",), holds=("files", "time"))
     require(report, SandboxConfig(require=("files",)))

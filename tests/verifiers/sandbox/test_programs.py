@@ -8,6 +8,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -244,6 +245,7 @@ def test_it_dies_with_whoever_started_it(sandbox: LayeredSandbox) -> None:
     without = ("namespaces",) if not sandbox.mechanisms.own_root else ()
     code = f"""
 import sys
+import tempfile
 from bascule.plugins.sandbox import Program
 from bascule.verifiers.sandbox.layered import LayeredSandbox
 work = "import os, signal, sys; os.fork(); os.write(1, b'x'); signal.pause()"
@@ -252,13 +254,47 @@ with LayeredSandbox(without={without!r}).start(Program(arguments=("-c", work, {m
     print("up", flush=True)
     sys.stdin.read()
 """
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as starter:
-        assert starter.stdout is not None
-        assert starter.stdout.readline() == b"up\n"
-        assert processes_with(mark)
-        starter.kill()
-        starter.wait()
-        assert wait_until_gone(mark)
+    # What a starter that is killed leaves lies in here; programs of root's must be able to pass.
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o711)
+        with subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "TMPDIR": folder},
+        ) as starter:
+            assert starter.stdout is not None
+            assert starter.stdout.readline() == b"up\n"
+            assert processes_with(mark)
+            starter.kill()
+            starter.wait()
+            assert wait_until_gone(mark)
+
+
+def test_the_processes_that_guard_it_are_out_of_its_reach(sandbox: LayeredSandbox) -> None:
+    code = """
+import json, os, signal
+def by(action):
+    try: action()
+    except OSError as e: return e.errno
+    return 0
+found = {}
+for pid in {1, os.getppid()} - {0}:
+    for name in ("environ", "mem", "maps", "fd", "root", "cwd"):
+        path = f"/proc/{pid}/{name}"
+        found[path] = by(lambda: os.listdir(path) if name in ("fd", "root", "cwd") else open(path, "rb").read(1))
+    by(lambda: os.kill(pid, signal.SIGKILL))
+    by(lambda: os.kill(pid, signal.SIGSTOP))
+if os.sys.argv[1] == "confined":
+    by(lambda: os.kill(-1, signal.SIGKILL))
+print(json.dumps(found))
+"""
+    # With nothing to hold it, the last signal would go to all processes of this user.
+    confined = {"landlock", "seccomp"} <= set(sandbox.mechanisms.mechanisms)
+    arguments = ("-c", code, "confined" if confined else "not")
+    found = told(sandbox.run(Program(arguments=arguments, seconds=LONG)))
+    if confined:
+        assert 0 not in found.values(), found
 
 
 def test_a_pinned_program_stays_on_the_one_core(sandbox: LayeredSandbox) -> None:
@@ -277,6 +313,7 @@ print(json.dumps([widen(), sorted(os.sched_getaffinity(0))]))
 def test_one_is_spoken_with_over_its_streams(sandbox: LayeredSandbox) -> None:
     code = """
 import sys
+import tempfile
 while data := sys.stdin.buffer.read(4):
     sys.stdout.buffer.write(data[::-1]); sys.stdout.buffer.flush()
 sys.stdout.buffer.write(b"x" * 1_000_000); print("bye", file=sys.stderr)
