@@ -18,7 +18,8 @@ from pathlib import Path
 
 from bascule.verifiers.sandbox.confine import kernel
 
-UID = 61234
+# One of 200 that nobody has, so that two test runs at one time do not count as one user's processes.
+UID = 61200 + os.getpid() % 200
 ROOT = Path(__file__).resolve().parents[1]
 _SECONDS = 600
 
@@ -54,7 +55,7 @@ def run(
         **(environment or {}),
     }
     if os.geteuid() == 0:
-        command = [sys.executable, "-m", "tests.ordinary_user", *command]
+        command = [sys.executable, "-m", "tests.ordinary_user", str(UID), *command]
     return subprocess.run(
         command,
         cwd=ROOT,
@@ -93,8 +94,9 @@ def main() -> None:
     _show([os.path.realpath(p) for p in dict.fromkeys((base, sys.prefix, str(ROOT)))])
     # The folder that we came in is the one that was covered.
     os.chdir(ROOT)
-    kernel.drop_privileges(UID, UID, become=True)
-    os.execvp(sys.argv[1], sys.argv[1:])
+    uid, *command = sys.argv[1:]
+    kernel.drop_privileges(int(uid), int(uid), become=True)
+    os.execvp(command[0], command)
 
 
 if __name__ == "__main__":

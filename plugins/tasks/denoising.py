@@ -220,6 +220,7 @@ class Denoising:
     def defaults(self) -> dict[str, Any]:
         return {
             "levers": ["harness"],
+            "author": {"name": "tuner", "params": {}},
             # A program gives the same at every temperature.
             "evaluation": {"train_groups": 2, "train_samples": 1},
             # The first search finds nearly all that there is in this harness: .04 to .30, and the second .004 more.

@@ -52,7 +52,7 @@ CLASSICAL = {
 }
 FIRST_PARAMS = {
     "ngram_max": 1,
-    "min_texts": 50,
+    "min_texts": 30,
     "weighting": "counts",
     "classifier": "centroid",
     "c": 1.0,
@@ -60,11 +60,11 @@ FIRST_PARAMS = {
 }
 TUNABLE = {
     "ngram_max": Tunable(values=(1, 2)),
-    "min_texts": Tunable(low=2, high=100, log=True, integer=True),
+    "min_texts": Tunable(low=3, high=30, log=True, integer=True),
     "weighting": Tunable(values=("counts", "tfidf", "sublinear")),
     "classifier": Tunable(values=("centroid", "svm")),
-    "c": Tunable(low=0.3, high=5.0, log=True),
-    "max_chars": Tunable(values=(300, 1000, 3000)),
+    "c": Tunable(low=0.7, high=4.0, log=True),
+    "max_chars": Tunable(values=(300, 3000)),
 }
 
 
@@ -176,6 +176,7 @@ class LawBench:
             # A classifier gives the same answer every time, and each evaluation fits one.
             return {
                 "levers": ["harness"],
+                "author": {"name": "tuner", "params": {"positions": 600}},
                 "evaluation": {"train_groups": 32, "train_samples": 1},
                 "max_generations": 2,
             }

@@ -247,7 +247,7 @@ class Rooms:
     def defaults(self) -> dict[str, Any]:
         return {
             # An episode is two dozen calls with a growing prompt: few of them say as much as many short ones.
-            "evaluation": {"dev_examples": 16, "sealed_examples": 16, "train_groups": 6, "train_samples": 4},
+            "evaluation": {"dev_examples": 8, "sealed_examples": 8, "train_groups": 4, "train_samples": 4},
             "max_generations": 2,
-            "algorithms": {"grpo": {"steps": 4, "groups": 6, "num_generations": 4, "learning_rate": 1e-4}},
+            "algorithms": {"grpo": {"steps": 2, "groups": 4, "num_generations": 4, "learning_rate": 1e-4}},
         }

@@ -138,6 +138,7 @@ class Trimul:
     def defaults(self) -> dict[str, Any]:
         return {
             "levers": ["harness"],
+            "author": {"name": "tuner", "params": {"positions": 1}},
             "evaluation": {"train_groups": 1, "train_samples": 1},
             "max_generations": 1,
         }

@@ -40,11 +40,14 @@ def configure(given: dict[str, Any], overrides: Sequence[str], loaded: Plugins) 
     if isinstance(path, str):
         base = merged(base, {"engine": {"params": {"path": str(Path(path).absolute())}}})
     task = loaded.registry.tasks.get(str(base["task"]["name"]))(base["task"].get("params", {}))
-    defaults = plain(RunConfig(task=PluginChoice(name=task.name)))
+    defaults = merged(plain(RunConfig(task=PluginChoice(name=task.name))), task.defaults())
+    for kind in ("author", "policy", "engine"):
+        if isinstance(base.get(kind), dict) and base[kind].get("name", defaults[kind]["name"]) != defaults[kind]["name"]:
+            defaults.pop(kind)  # parameters for one plugin say nothing to another
     # What the task makes of its parameters is recorded, so that a report needs no plugin to say what was played.
     regime = getattr(task, "regime", "")
     named = {"task": {"params": {"regime": regime}}} if regime else {}
-    return parse_config(merged(merged(merged(defaults, task.defaults()), base), named))
+    return parse_config(merged(merged(defaults, base), named))
 
 
 def override(item: str) -> dict[str, Any]:

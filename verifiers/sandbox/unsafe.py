@@ -51,7 +51,7 @@ class UnsafeSandbox:
                 seconds=program.seconds,
                 memory_mb=program.memory_mb,
                 disk_mb=program.disk_mb,
-                processes=processes.tasks_of(os.getuid()) + program.processes,
+                processes=processes.tasks_of(os.getuid()) + 2 * program.processes,
                 devices=program.devices,
                 cores=os.cpu_count() or 1,
             ),

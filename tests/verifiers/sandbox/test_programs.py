@@ -245,7 +245,6 @@ def test_it_dies_with_whoever_started_it(sandbox: LayeredSandbox) -> None:
     without = ("namespaces",) if not sandbox.mechanisms.own_root else ()
     code = f"""
 import sys
-import tempfile
 from bascule.plugins.sandbox import Program
 from bascule.verifiers.sandbox.layered import LayeredSandbox
 work = "import os, signal, sys; os.fork(); os.write(1, b'x'); signal.pause()"
@@ -313,7 +312,6 @@ print(json.dumps([widen(), sorted(os.sched_getaffinity(0))]))
 def test_one_is_spoken_with_over_its_streams(sandbox: LayeredSandbox) -> None:
     code = """
 import sys
-import tempfile
 while data := sys.stdin.buffer.read(4):
     sys.stdout.buffer.write(data[::-1]); sys.stdout.buffer.flush()
 sys.stdout.buffer.write(b"x" * 1_000_000); print("bye", file=sys.stderr)
