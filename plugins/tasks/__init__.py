@@ -72,6 +72,12 @@ def _trimul(params: dict[str, Any]) -> Task:
     return Trimul(params)
 
 
+def _sia_dir(params: dict[str, Any]) -> Task:
+    from bascule.plugins.tasks.sia_dir import SiaDir
+
+    return SiaDir(params)
+
+
 @hookimpl
 def bascule_register(registry: Registry) -> None:
     registry.task("arith", _arith, version="1")
@@ -83,4 +89,5 @@ def bascule_register(registry: Registry) -> None:
     registry.task("own", _own, version="1")
     registry.task("denoising", _denoising, version="1")
     registry.task("trimul", _trimul, version="1")
+    registry.task("sia-dir", _sia_dir, version="1")
     registry.task_family("rg", _rg, version="1")

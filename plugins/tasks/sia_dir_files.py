@@ -12,8 +12,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,10 +101,10 @@ def _plain(folder: Path) -> Iterator[Path]:
             yield file
 
 
-def digest(path: Path) -> str:
-    """SHA-256 over names and contents of everything in the directory, as far as it is read."""
+def digest(path: Path, folders: Sequence[str] = ("data", "reference")) -> str:
+    """SHA-256 over the names and contents of a directory's files, as far as they are read."""
     h = hashlib.sha256()
-    for folder in ("data", "reference"):
+    for folder in folders:
         for file in _plain(path / folder):
             name, data = str(file.relative_to(path)).encode(), file.read_bytes()
             h.update(len(name).to_bytes(8, "big") + name + len(data).to_bytes(8, "big") + data)
@@ -136,17 +135,6 @@ def public_files(path: Path, beside: str = "") -> dict[str, bytes]:
     return {**more, **files_of(path / "data" / "public")}
 
 
-@lru_cache(maxsize=8)
-def _shape(path: Path, sha256: str) -> Shape:
-    del sha256  # the shape changes with it
-    return shape_of(files_of(path / "data" / "public"))
-
-
-def shape(path: Path, sha256: str) -> Shape:
-    """What submissions look like; remembered as long as the directory is the same."""
-    return _shape(path, sha256)
-
-
 def shape_of(public: dict[str, bytes]) -> Shape:
     """What submissions look like, by the public files alone. Pure."""
     questions = _records(public.get("diamond_questions.json"))
@@ -155,9 +143,7 @@ def shape_of(public: dict[str, bytes]) -> Shape:
         return Shape(form="letters", ids=ids, fields=("question_id", "model_answer"))
     problems = _records(public.get("chess_hard.json"))
     if problems and all(isinstance(p.get("question_id"), str) for p in problems):
-        return Shape(
-            form="moves", ids=tuple(p["question_id"] for p in problems), fields=("question_id", "solution")
-        )
+        return Shape(form="moves", ids=tuple(p["question_id"] for p in problems), fields=("question_id", "solution"))
     rows = table(public.get("sample_submission.csv", b""))
     if rows and len(rows[0]) == 2:
         name, label = rows[0]

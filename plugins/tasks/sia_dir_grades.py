@@ -140,11 +140,7 @@ def _rows(shape: Shape, text: str) -> list[tuple[str, tuple[str, ...] | None]]:
         return []
     if shape.form == "moves":
         records = value if isinstance(value, list) else []
-        return [
-            (str(r.get("question_id")), _solution(r.get("solution")))
-            for r in records
-            if isinstance(r, dict) and r.get("solution") is not None
-        ]
+        return [(str(r.get("question_id")), _solution(r.get("solution"))) for r in records if isinstance(r, dict)]
     if not isinstance(value, dict):
         return []
     if isinstance(value.get("details"), list):

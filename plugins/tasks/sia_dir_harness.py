@@ -79,8 +79,8 @@ def run(path: str, arguments: list[str], folder: str) -> str:
 
 def solve(example: dict[str, Any], model: Any, tools: Any, context: Any) -> str:
     """Run the agent on the whole task."""
-    import sdk
-    import submission
+    import sdk  # type: ignore[import-not-found]
+    import submission  # type: ignore[import-not-found]
 
     del tools
     params = context.params

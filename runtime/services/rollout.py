@@ -18,6 +18,7 @@ from bascule.runtime.episodes.batch import Batch, batch_of
 from bascule.runtime.episodes.broker import EpisodeSpec, run_episode
 from bascule.runtime.episodes.pool import HarnessPool
 from bascule.runtime.services.inference import load_adapter, made_engine, served_name, start_engine
+from bascule.runtime.services.probing import probed
 from bascule.runtime.state import RunState
 from bascule.runtime.work import work_off
 from bascule.runtime.world import World, seed_of
@@ -28,7 +29,9 @@ from bascule.schemas.errors import EngineError
 from bascule.schemas.events import RESTRICTED, AdapterServed, EpisodesRequested, TrajectoryLogged
 from bascule.schemas.landscape import Measured
 from bascule.schemas.run import PluginChoice
+from bascule.schemas.sandbox import SandboxReport
 from bascule.schemas.trajectory import EpisodeError, ModelCall, Trajectory
+from bascule.verifiers.sandbox.probe import choose
 
 if TYPE_CHECKING:
     from bascule.runtime.runner import View
@@ -56,9 +59,10 @@ class Episodes(Protocol):
 
 
 class HarnessEpisodes:
-    """Episodes with their harness in a process of its own."""
+    """Episodes with their harness in a process of its own; ``report`` says what confines it."""
 
-    def __init__(self, world: World, pool: HarnessPool) -> None:
+    def __init__(self, world: World, pool: HarnessPool, report: SandboxReport) -> None:
+        self.report = report
         self._world = world
         self._pool = pool
 
@@ -78,11 +82,13 @@ async def harness_processes(world: World) -> AsyncIterator[Episodes]:
 
     Raises:
         EpisodeProcessError: none can be started, or none that is confined.
+        ConfigError: this machine's sandbox does not hold what the run requires.
     """
+    _, report = await asyncio.to_thread(choose, world.config.sandbox)
     pool = HarnessPool(children=world.config.concurrency, unsafe=world.config.sandbox.unsafe)
     await pool.start()
     try:
-        yield HarnessEpisodes(world, pool)
+        yield HarnessEpisodes(world, pool, report)
     finally:
         await pool.close()
 
@@ -105,6 +111,8 @@ class Rollout:
         async with contextlib.AsyncExitStack() as stack:
             episodes = await stack.enter_async_context(self._episodes(view.world))
             stack.push_async_callback(self._close)
+            if isinstance(episodes, HarnessEpisodes):
+                await probed(view, NAME, episodes.report)
             await self._engine(view, None)
             shard = partial(self._shard, view, episodes)
             await work_off(view, NAME, f"bascule.{view.run}.episodes.*.requested", shard, slots=SHARDS_IN_FLIGHT)
