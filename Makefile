@@ -6,7 +6,7 @@ ARGS ?=
 BIN := .venv/bin
 PACKAGES := $(addprefix build/src/bascule/,schemas plugins trainers verifiers runtime)
 
-.PHONY: run test check format nightly faults clean
+.PHONY: run test check format nightly faults attacks clean
 
 run: .venv/run.stamp
 	$(BIN)/bascule run --task arith --seed $(SEED) $(ARGS)
@@ -29,10 +29,16 @@ nightly: .venv/dev.stamp
 	$(BIN)/python -m pytest -m nightly -s
 	$(BIN)/python -m tests.simulation --schedules 100000
 	$(BIN)/python -m tests.faults --seed 3
+	$(MAKE) attacks
 	$(BIN)/python -m ops.bench algorithms
 
 faults: .venv/dev.stamp
 	$(BIN)/python -m tests.faults --seed $(SEED) $(ARGS)
+
+# As the user that one is, and as an ordinary one where that is root. Both tables are printed, whatever the first says.
+attacks: .venv/dev.stamp
+	status=0; $(BIN)/python -m tests.attacks $(ARGS) || status=1; \
+	if test "$$(id -u)" = 0; then $(BIN)/python -m tests.attacks --user $(ARGS) || status=1; fi; exit $$status
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache

@@ -21,6 +21,7 @@ from bascule.plugins.tasks.sia_dir_files import Shape, table
 from bascule.plugins.tasks.sia_dir_submission import PATTERNS
 
 LETTERS = "ABCD"
+_THEIRS = "SIA's evaluator for this form"
 Key = dict[str, tuple[str, ...]]
 """What is right, by id: a text, or several in order."""
 
@@ -243,8 +244,13 @@ def _fraction(value: float, name: str) -> float:
     return value
 
 
-def differences(shape: Shape, counted: Counted, *, evaluator: bool) -> list[str]:
-    """Where a directory's evaluator counts otherwise than we do, for this submission; a sentence each."""
+def differences(shape: Shape, counted: Counted, *, evaluator: bool, equal: bool) -> list[str]:
+    """Where a directory's evaluator counts otherwise than we do, for this submission; a sentence each.
+
+    Args:
+        evaluator: whether the directory has one.
+        equal: whether both came to the same figure.
+    """
     if not evaluator:
         return ["The directory has no evaluate.py; only our figure there is."]
     said = []
@@ -252,21 +258,22 @@ def differences(shape: Shape, counted: Counted, *, evaluator: bool) -> list[str]
         unread = counted.missing + counted.ill_formed
         if unread:
             said.append(
-                f"{unread} of {counted.asked} questions have no letter as answer. Its evaluator divides by the "
-                "questions that it read a letter for, and takes the first A, B, C or D in any text; ours divides by "
+                f"{unread} of {counted.asked} questions have no letter as answer. {_THEIRS} divides by the questions "
+                "that it read a letter for, and takes the first A, B, C or D in any text; ours divides by "
                 f"{counted.asked} and takes single letters only."
             )
     if shape.form == "moves":
-        if counted.rows - counted.foreign - counted.repeated < counted.asked or counted.repeated or counted.foreign:
+        if counted.rows != counted.asked or counted.repeated or counted.foreign:
             said.append(
                 f"{counted.rows} rows were handed in for {counted.asked} questions, {counted.repeated} of them "
-                f"repeated and {counted.foreign} for none of them. Its evaluator divides by the rows and counts a "
+                f"repeated and {counted.foreign} for none of them. {_THEIRS} divides by the rows and counts a "
                 f"repeated one each time; ours divides by {counted.asked}."
             )
-        said.append("Its evaluator takes moves in any order; ours in order only.")
+        if not equal:
+            said.append(f"{_THEIRS} takes moves in any order; ours in order only.")
     if shape.form == "table" and counted.repeated:
         said.append(
-            f"{counted.repeated} rows repeat an id. Its evaluator counts each of them, in the numerator and below; "
+            f"{counted.repeated} rows repeat an id. {_THEIRS} counts each of them, in the numerator and below; "
             "ours counts an id once, and as wrong where its rows differ."
         )
     return said

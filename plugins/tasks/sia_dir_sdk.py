@@ -13,6 +13,7 @@ import itertools
 import json
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from importlib.machinery import PathFinder
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -273,7 +274,7 @@ class Bar:
 
 
 class BaseModel:
-    """The little of pydantic that a schema in an agent needs, where pydantic is not installed: nothing is validated."""
+    """The little of pydantic that a schema in an agent needs, where pydantic is not to be had: nothing is validated."""
 
     def __init__(self, **values: Any) -> None:
         self.__dict__.update(values)
@@ -343,9 +344,29 @@ def modules(ask: Ask) -> dict[str, ModuleType]:
     }
 
 
+class Unreadable:
+    """An importer for installed packages that this sandbox does not let in: they are missing, not an error.
+
+    Where the sandbox has no root of its own they are listed, and libraries that try them would fail with
+    ``PermissionError``.
+    """
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        del target
+        found = PathFinder.find_spec(name) if path is None else None
+        if found is None or found.origin is None or not found.has_location:
+            return
+        try:
+            with open(found.origin, "rb"):
+                pass
+        except OSError as e:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name) from e
+
+
 def install(ask: Ask) -> None:
-    """Put the modules where imports find them, before what is installed; ``pydantic`` only where there is none."""
+    """Put the modules where imports find them, before what is installed; ``pydantic`` only where none is to be had."""
     sys.modules.update(modules(ask))
+    sys.meta_path.insert(0, Unreadable())
     try:
         import pydantic  # noqa: F401
     except ImportError:

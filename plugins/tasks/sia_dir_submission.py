@@ -131,13 +131,14 @@ def _only(item: Any, fields: Sequence[str]) -> Any:
     return {name: item[name] for name in fields if name in item} if isinstance(item, dict) else item
 
 
-def pack(files: dict[str, str], fields: Sequence[str] = (), *, compress: bool = True) -> str:
+def pack(files: dict[str, str], fields: Sequence[str] = (), *, compress: bool = True, limit: int = MAX_ANSWER) -> str:
     """The files as one answer.
 
     Args:
         fields: of JSON records that are handed in; all if there are none.
         compress: whether it may be compressed. Texts of a restricted task must stay readable, so that quoted items
             are seen.
+        limit: how long the answer may be, bytes.
 
     Raises:
         NotASubmission: there is no file, or it is too long.
@@ -148,14 +149,14 @@ def pack(files: dict[str, str], fields: Sequence[str] = (), *, compress: bool = 
     body = json.dumps(slim, ensure_ascii=False, separators=(",", ":"))
     plain = PLAIN + body
     size = len(plain.encode("utf-8", "replace"))
-    if size <= MAX_ANSWER:
+    if size <= limit:
         return plain
     if compress:
         packed = PACKED + base64.b85encode(zlib.compress(body.encode("utf-8", "replace"), 9)).decode()
-        if len(packed) <= MAX_ANSWER:
+        if len(packed) <= limit:
             return packed
         size = len(packed)
-    raise NotASubmission(f"{', '.join(slim)}: as an answer {size} bytes long; the limit is {MAX_ANSWER}")
+    raise NotASubmission(f"{', '.join(slim)}: as an answer {size} bytes long; the limit is {limit}")
 
 
 def unpack(answer: str) -> dict[str, str]:

@@ -74,6 +74,7 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
         sandbox: what confined them, by service.
         unscored: trajectories without a verdict.
         looks: how many times the sealed split of this task has been looked at in this log, this run included.
+        notes: what is to be said about the task's own scoring, a sentence each.
     """
 
     run: str
@@ -101,6 +102,7 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     sandbox: tuple[SandboxRow, ...] = ()
     unscored: int = 0
     looks: int = 0
+    notes: tuple[str, ...] = ()
 
 
 #: A generation lasts from its lever (or the run's start) to its gate or failure.

@@ -8,12 +8,27 @@ import traceback
 
 import typer
 
-from bascule.runtime.cli import audit, blobs, canaries, catalog, forks, ops, own_tasks, runs, services, train, transfer
+from bascule.runtime.cli import (
+    audit,
+    blobs,
+    canaries,
+    catalog,
+    forks,
+    ops,
+    own_tasks,
+    runs,
+    services,
+    sia,
+    train,
+    transfer,
+)
 from bascule.runtime.cli.command import Exit, app
 from bascule.schemas.errors import BasculeError, Corrupt
 
 #: In the order in which help lists them.
-ORDER = [m.__name__ for m in (runs, audit, canaries, train, forks, transfer, blobs, services, ops, catalog, own_tasks)]
+ORDER = [
+    m.__name__ for m in (runs, audit, canaries, train, forks, transfer, blobs, services, ops, catalog, own_tasks, sia)
+]
 app.registered_commands.sort(key=lambda c: ORDER.index(c.callback.__module__ if c.callback else runs.__name__))
 
 

@@ -17,21 +17,23 @@ _STEM = re.compile(r"[^a-z0-9_-]+")
 
 
 def chosen_task(text: str, params: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of a task that is named, or whose file or folder is.
+    """The configuration of a task that is named, or whose file or folder is, a SIA task directory included.
 
     Raises:
         ConfigError: it is a path, and there is no task.
     """
-    from bascule.plugins.tasks.own import named
+    from bascule.plugins.tasks import own, sia_dir
 
-    chosen = named(text) or {"name": text}
+    # A name alone is a task's, also where a folder of that name lies in the working folder.
+    found = sia_dir.named(text) if "/" in text else None
+    chosen = found or own.named(text) or {"name": text}
     given = {**chosen.get("params", {}), **params}
     return {**chosen, "params": given} if given else chosen
 
 
 def stem_of(task: PluginChoice) -> str:
     """What runs of a task are called by default: its name, or that of its file."""
-    path = task.params.get("path") if task.name == "own" else None
+    path = task.params.get("path") if task.name in ("own", "sia-dir") else None
     stem = Path(path).name.removesuffix(".py") if isinstance(path, str) else task.name
     return _STEM.sub("-", stem.lower()).strip("-") or "own"
 

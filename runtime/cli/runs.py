@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -39,6 +40,9 @@ def run(
             "--task", "--task-file", help="The task; `bascule tasks` lists them. Or the file or folder of one's own."
         ),
     ] = "arith",
+    task_dir: Annotated[
+        Path | None, typer.Option("--task-dir", "--task_dir", help="A SIA task directory, as it is; instead of --task.")
+    ] = None,
     max_gen: Annotated[
         int | None, typer.Option("--max-gen", "--max_gen", help="Lever choices after the first harness.")
     ] = None,
@@ -74,10 +78,12 @@ def run(
     from bascule.plugins.loader import plugins
     from bascule.runtime.cli import configuration, launch
     from bascule.runtime.cli.own_tasks import chosen_task, stem_of
+    from bascule.runtime.cli.sia import directory_named
     from bascule.runtime.cli.store import home_folder, open_store
 
+    asked = task if task_dir is None else directory_named(task_dir)
     given: dict[str, Any] = {
-        "task": chosen_task(task, {"regime": regime} if regime is not None else {}),
+        "task": chosen_task(asked, {"regime": regime} if regime is not None else {}),
         "max_generations": max_gen,
         "seed": seed,
         "levers": [part.strip() for part in levers.split(",") if part.strip()] if levers is not None else None,
@@ -251,9 +257,10 @@ async def _report(store: Store, name: str, *, picture: bool) -> RunReport:
     from bascule.runtime.audit.looks import looks
     from bascule.runtime.audit.repeats import Outcomes
     from bascule.runtime.audit.report import draw
+    from bascule.runtime.cli.sia import HandedIn
 
-    outcomes = Outcomes()
-    reporter = await _reporter(store, name, outcomes.add)
+    outcomes, handed_in = Outcomes(), HandedIn()
+    reporter = await _reporter(store, name, outcomes.add, handed_in.add)
     rollouts, updates = outcomes.repeated(store.home / "runs" / name / "services.jsonl")
     found = reporter.report(await _baselines(reporter.state, compute=picture))
     result = msgspec.structs.replace(
@@ -261,6 +268,7 @@ async def _report(store: Store, name: str, *, picture: bool) -> RunReport:
         repeated_rollouts=rollouts,
         repeated_updates=updates,
         looks=sum((await looks(store.log.read, found.task)).values()),
+        notes=await handed_in.notes(reporter.state.started.config) if picture and reporter.state.started else (),
     )
     if picture and result.generations:
         path = store.home / "runs" / name / "report.png"

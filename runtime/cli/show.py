@@ -76,6 +76,8 @@ def show_report(result: RunReport, console: Console) -> None:
         for b in result.baselines:
             if b.unscored:
                 console.print(f"{escape(b.name)}: {b.unscored} examples unscored: {escape(b.reason)}", highlight=False)
+    for note in result.notes:
+        console.print(escape(note), highlight=False, soft_wrap=True)
     if result.unscored:
         console.print(f"{result.unscored} trajectories have no verdict; `bascule log` says why", highlight=False)
     if result.unsafe:

@@ -59,8 +59,8 @@ def line_of(text: str) -> str:
 
 
 def told(error: str) -> str:
-    """The layer that an error comes from, as far as it tells."""
-    return _LAYERS.get(error, "found nothing" if error.startswith("no") else error)
+    """The layer that an error comes from, as far as it tells; empty for an attempt that met none."""
+    return _LAYERS.get(error, "" if " " in error else error)
 
 
 _LAYERS = {
@@ -69,8 +69,8 @@ _LAYERS = {
     "EROFS": "own root, read-only",
     "EXDEV": "own root",
     "ESRCH": "own processes",
-    "EACCES": "Landlock, user id",
-    "EPERM": "seccomp, user id",
+    "EACCES": "Landlock or user id",
+    "EPERM": "seccomp or user id",
     "ENOSYS": "seccomp",
     "EAFNOSUPPORT": "seccomp",
     "ENETUNREACH": "own network",

@@ -10,6 +10,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from bascule.schemas.trajectory import Sampling
 from bascule.verifiers.sandbox.layered import LayeredSandbox
 from tests.attacks.attack import HERE, Attack, Outcome, line_of, text_of, told
 from tests.attacks.planted import Planted, planted
+from tests.episodes.seen import episodes
 from tests.verifiers.sandbox.remains import processes_with
 
 _MAIN = """
@@ -56,9 +58,7 @@ class Aims(msgspec.Struct, frozen=True, kw_only=True):
     ends: tuple[str, ...] = ()
 
 
-_FORKS = Aims(
-    inside={"forks": 300}, outside={"forks": 24}, program={"processes": 16}, manifest={"processes": 16}
-)
+_FORKS = Aims(inside={"forks": 300}, outside={"forks": 24}, program={"processes": 16}, manifest={"processes": 16})
 AIMS: dict[str, Aims] = {
     "sealed_by_path": Aims(),
     "sealed_by_environment": Aims(),
@@ -95,8 +95,14 @@ AIMS: dict[str, Aims] = {
     "ignore_sigterm": Aims(program={"seconds": 1.0}, manifest={"timeout_seconds": 1.0}, ends=("timeout",)),
     "orphan_children": Aims(),
 }
-#: Where being stopped is the promise; an answer that found nothing is one elsewhere.
-_QUICK = {"sealed_by_path", "sealed_by_descriptors", "sealed_by_symlink", "network_unix", "fork_bomb", "orphan_children"}
+_QUICK = {
+    "sealed_by_path",
+    "sealed_by_descriptors",
+    "sealed_by_symlink",
+    "network_unix",
+    "fork_bomb",
+    "orphan_children",
+}
 
 
 class Ended(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,12 +111,14 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         by: ``answered``, or what it was stopped by.
         got, met: by attempt.
+        left: processes of it that are not over.
     """
 
     by: str
     got: dict[str, str] = {}
     met: dict[str, str] = {}
     said: str = ""
+    left: tuple[int, ...] = ()
 
 
 class Reply(msgspec.Struct):
@@ -178,7 +186,7 @@ def outside(name: str, things: Planted, folder: Path) -> str:
             os.kill(pid, signal.SIGKILL)
     if name == "orphan_children":
         return "a process that outlived it" if left else ""
-    reply = _reply(out.rpartition(b"\n{")[1][1:] + out.rpartition(b"\n{")[2] if b"\n{" in out else out)
+    reply = _reply(out.strip().rpartition(b"\n")[2])
     if reply is None:
         return ""
     things.heard()
@@ -196,9 +204,7 @@ def as_program(name: str, things: Planted) -> tuple[Ended, dict[str, Any]]:
     # Only what is taken from the folder afterwards is beyond the program's own report.
     taken = {f"result {file}": data.decode(errors="replace") for file, data in ran.results.items()}
     by = ran.ending if ran.ending != "exited" else "answered" if found is not None else f"exit {ran.exit_code}"
-    return Ended(
-        by=by, got={**(found.got if found else {}), **taken}, met=found.met if found else {}, said=said
-    ), given
+    return Ended(by=by, got={**(found.got if found else {}), **taken}, met=found.met if found else {}, said=said), given
 
 
 async def as_harness(name: str, things: Planted) -> tuple[Ended, dict[str, Any]]:
@@ -214,15 +220,25 @@ async def as_harness(name: str, things: Planted) -> tuple[Ended, dict[str, Any]]
     )
     try:
         trajectory = await run_episode(spec, ConstantEngine("7"), pool, {})
+        # Whatever they are called: what runs below the zygote is the episode's.
+        left = await _left()
         if trajectory.error is not None:
             kind, message = trajectory.error.kind, trajectory.error.message
             by = "memory" if "MiB of memory" in message else kind
-            return Ended(by=by, said=message), given
+            return Ended(by=by, said=message, left=left), given
         found = _reply((trajectory.answer or "").encode())
         assert found is not None
-        return Ended(by="answered", got=found.got, met=found.met), given
+        return Ended(by="answered", got=found.got, met=found.met, left=left), given
     finally:
         await pool.close()
+
+
+async def _left() -> tuple[int, ...]:
+    """What still runs below the zygote; a busy machine has a minute to end it."""
+    deadline = time.monotonic() + 60
+    while (left := episodes()) and time.monotonic() < deadline:
+        await asyncio.sleep(0.01)
+    return tuple(left)
 
 
 def harness(files: dict[str, str], **manifest: Any) -> Harness:
@@ -234,26 +250,27 @@ def harness(files: dict[str, str], **manifest: Any) -> Harness:
 def _judged(name: str, place: str, control: str, ended: Ended, things: Planted, given: dict[str, Any]) -> Outcome:
     problems = [f"{way}: {what}" for way, what in ended.got.items()]
     if name == "orphan_children":
-        # That it runs for as long as its program is no fault.
-        problems = []
+        # That it runs for as long as its program is no fault; that it does not would prove nothing.
+        problems = [] if "it runs" in ended.got.values() else [f"no orphan was made: {ended.got} {ended.met}"]
     if ended.by != "answered" and ended.by not in AIMS[name].ends:
         problems.append(f"it says nothing: {ended.by}. {ended.said}")
     if ended.by == "answered" and AIMS[name].ends in (("timeout",), ("output", "output-limit")):
         problems.append("it came to its own end")
     if heard := things.heard():
         problems.append(f"heard outside: {heard[:80]!r}")
-    if left := processes_with(given["mark"]):
+    if left := [*ended.left, *processes_with(given["mark"])]:
         problems.append(f"processes {left} are left")
         for pid in left:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
     layers = [ended.by] if ended.by != "answered" else list(ended.met.values())
     if name == "orphan_children":
-        layer, result = "death of all with the first", "nothing is left"
+        layer = "death of all with the first"
+        result = f"{', '.join([*ended.got.values(), *ended.met.values()])}; nothing is left after it"
     elif name == "fork_bomb":
         layer, result = "limit of processes", "; ".join(ended.met.values())
     else:
-        layer = ", ".join(dict.fromkeys(told(error) for error in layers if told(error) != "found nothing")) or "own root"
+        layer = ", ".join(dict.fromkeys(filter(None, map(told, layers)))) or "nothing to be seen"
         result = f"stopped by {ended.by}" if ended.by != "answered" else f"{len(ended.met)} attempts, none got through"
     return Outcome(place=place, control=control, layer=layer, result=result, problems=tuple(problems))
 

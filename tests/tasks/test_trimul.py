@@ -279,3 +279,15 @@ def test_a_reply_fits_its_frame_whatever_an_error_says(text: str) -> None:
     body = json.dumps({"ok": False, "why": told, "sha256": "0" * 64, "cpu": 1.2345678901234567}).encode()
     assert len(body) <= trimul_worker.REPLY_BYTES
     assert msgspec.json.decode(body.ljust(trimul_worker.REPLY_BYTES), type=Reply).why == told
+
+
+def test_the_tails_of_cauchy_inputs_are_cut_where_float32_can_still_hold_their_variance() -> None:
+    case = Case(n=64, batch=2, dim=128, distribution="cauchy")
+    largest = max(float(made(case, seed)[0].abs().max()) for seed in range(4))
+    assert largest == 1e6
+
+
+def test_a_reference_that_is_not_finite_is_no_fault_of_the_candidate() -> None:
+    bad = np.array([np.nan], dtype="<f4").tobytes()
+    with pytest.raises(ArithmeticError):
+        difference(bad, bad)

@@ -18,7 +18,8 @@ def one(size):
 
 def many(size):
     written = 0
-    for folder in dict.fromkeys((".", os.environ.get("HOME", "."), "/tmp", "/var/tmp", "/dev/shm")):
+    folders = (".", os.environ.get("HOME", "."), "/tmp", "/var/tmp", "/dev/shm")
+    for folder in dict.fromkeys(map(os.path.realpath, folders)):
         for number in range(2 * size):
             path = os.path.join(folder, f"filling-{number}")
             try:

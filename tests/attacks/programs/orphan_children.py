@@ -1,33 +1,32 @@
-"""Leaves children behind that have left its group and its session and ignore requests to end."""
+"""Leaves a child behind that has left its group, its session and its parents, and ignores requests to end."""
 
+import contextlib
 import os
 import signal
-import sys
+import time
 
 
-def orphan(mark):
+def orphan():
     ready, told = os.pipe()
-    os.set_inheritable(told, True)
     child = os.fork()
     if not child:
         try:
-            try:
+            with contextlib.suppress(PermissionError):
                 os.setsid()
-            except PermissionError:
-                pass
             if os.fork():
                 os._exit(0)
             for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)
-            code = "import os,sys,time; os.closerange(0, 3); os.write(int(sys.argv[1]), b'y'); time.sleep(600)"
-            os.execv(sys.executable, [sys.executable, "-S", "-s", "-c", code, str(told), mark])
+            os.closerange(0, 3)
+            os.write(told, b"y")
+            os.close(told)
+            time.sleep(600)
         finally:
             os._exit(1)
     os.close(told)
     os.waitpid(child, 0)
-    up = os.read(ready, 1)
-    return "it runs" if up else "it could not be run"
+    return "it runs" if os.read(ready, 1) else "it could not be run"
 
 
 def attempts(given):
-    yield "daemon", lambda: orphan(given["mark"])
+    yield "daemon", orphan

@@ -17,8 +17,9 @@ def attempts(given):
     path = given["truths"]
     yield "symbolic link", lambda: tokens(read(link(os.symlink, "soft", path)))
     yield "hard link", lambda: tokens(read(link(os.link, "hard", path)))
-    yield "linked folder", lambda: tokens(
-        read(link(os.symlink, "folder", os.path.dirname(path)) + "/" + os.path.basename(path))
+    yield (
+        "linked folder",
+        lambda: tokens(read(link(os.symlink, "folder", os.path.dirname(path)) + "/" + os.path.basename(path))),
     )
     yield "link through /proc", lambda: tokens(read(link(os.symlink, "deep", f"/proc/self/root{path}")))
     # Whoever takes results from the folder must not follow this one.
