@@ -13,6 +13,9 @@ from bascule.schemas.run import GateConfig
 from bascule.verifiers.statistics import mcnemar_exact, score_interval, sign_flip
 
 GATE_VERSION = "1"
+#: Of a decision in which the candidate lacks a verdict that its parent has; version 1 left such positions out. A
+#: candidate can see to it that it is not scored where it is bad, so that must never pay.
+UNSCORED_VERSION = "2"
 
 
 class PairedTest(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,14 +41,16 @@ def score(rewards: Sequence[float | None]) -> float:
 
 
 def paired_test(candidate: Sequence[float | None], parent: Sequence[float | None], *, seed: int) -> PairedTest:
-    """Compare by position. A position that either side has no verdict for is no pair.
+    """Compare by position. One that the parent has no verdict for is no pair.
+
+    Where only the candidate has none it counts 0, and never as better than its parent.
 
     Raises:
         ValueError: the two were not measured on the same number of positions.
     """
     if len(candidate) != len(parent):
         raise ValueError(f"The candidate has {len(candidate)} positions and its parent {len(parent)}.")
-    pairs = [(c, p) for c, p in zip(candidate, parent, strict=True) if c is not None and p is not None]
+    pairs = [(min(0.0, p) if c is None else c, p) for c, p in zip(candidate, parent, strict=True) if p is not None]
     wins = sum(c > p for c, p in pairs)
     losses = sum(c < p for c, p in pairs)
     if all(r in (0, 1) for pair in pairs for r in pair):
@@ -60,6 +65,12 @@ def paired_test(candidate: Sequence[float | None], parent: Sequence[float | None
         p=sign_flip(differences, seed=seed),
         better=math.fsum(differences) > 0,
     )
+
+
+def gate_version(candidate: Sequence[float | None], parent: Sequence[float | None] | None) -> str:
+    """The version of the rules that a decision between these needs."""
+    missing = any(c is None and p is not None for c, p in zip(candidate, parent or (), strict=False))
+    return UNSCORED_VERSION if missing else GATE_VERSION
 
 
 def gate(

@@ -25,7 +25,7 @@ from bascule.schemas.events import (
 )
 from bascule.schemas.landscape import Measured, RewardLandscape
 from bascule.schemas.trajectory import Scored, Trajectory, Verdict
-from bascule.verifiers.gate import GATE_VERSION, gate
+from bascule.verifiers.gate import gate, gate_version
 from bascule.verifiers.landscape import SampleFigures, landscape
 from bascule.verifiers.scoring import Scorer
 from bascule.verifiers.scoring_process import fitting
@@ -82,18 +82,17 @@ def _gate(state: RunState, world: World, generation: int, cause: str) -> list[Dr
         return []
     parent = state.best
     scores = {g: state.evaluations[f"g{g:02d}-dev"].rewards() for g in {generation, parent} if g is not None}
-    promote, figures = gate(
-        [r[0] for r in scores[generation].values()],
-        None if parent is None else [r[0] for r in scores[parent].values()],
-        config=world.config.gate,
-        seed=seed_of(world.config.seed, "gate", generation),
-    )
+    candidate = [r[0] for r in scores[generation].values()]
+    before = None if parent is None else [r[0] for r in scores[parent].values()]
+    seed = seed_of(world.config.seed, "gate", generation)
+    promote, figures = gate(candidate, before, config=world.config.gate, seed=seed)
+    version = gate_version(candidate, before)
     data: CandidatePromoted | CandidateRejected
     if promote:
-        data = CandidatePromoted(generation=generation, over=parent, figures=figures, gate_version=GATE_VERSION)
+        data = CandidatePromoted(generation=generation, over=parent, figures=figures, gate_version=version)
     else:
         assert parent is not None
-        data = CandidateRejected(generation=generation, over=parent, figures=figures, gate_version=GATE_VERSION)
+        data = CandidateRejected(generation=generation, over=parent, figures=figures, gate_version=version)
     return [Draft(subject=subjects.candidate_gate(state.run, generation), step=generation, cause=cause, data=data)]
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bascule.schemas.run import GateConfig
-from bascule.verifiers.gate import gate, paired_test, score
+from bascule.verifiers.gate import gate, gate_version, paired_test, score
 
 CONFIG = GateConfig(alpha=0.05)
 REWARD = st.sampled_from([0.0, 1.0, None])
@@ -31,7 +31,10 @@ def test_never_are_both_directions_promoted(pairs: list[tuple[float | None, floa
     one, forward = gate(a, b, config=CONFIG, seed=0)
     other, backward = gate(b, a, config=CONFIG, seed=0)
     assert not (one and other)
-    assert (forward.wins, forward.losses) == (backward.losses, backward.wins)
+    assert forward.wins <= backward.losses
+    assert backward.wins <= forward.losses
+    if None not in (*a, *b):
+        assert (forward.wins, forward.losses) == (backward.losses, backward.wins)
     assert (forward.score, forward.parent_score) == (backward.parent_score, backward.score)
     assert forward.p is not None
     assert backward.p is not None
@@ -56,7 +59,7 @@ def test_a_worse_candidate_is_rejected_even_where_alpha_would_allow_it() -> None
     assert not gate([0.0, 1.0, 0.0], [1.0, 0.0, 1.0], config=GateConfig(alpha=0.99), seed=0)[0]
 
 
-def test_an_unscored_position_is_no_pair_but_stays_in_the_denominator() -> None:
+def test_a_position_that_the_parent_has_no_verdict_for_is_no_pair_but_stays_in_the_denominator() -> None:
     candidate = [1.0, None, 1.0, 0.0]
     parent = [0.0, 0.0, None, 0.0]
     _, figures = gate(candidate, parent, config=CONFIG, seed=0)
@@ -69,7 +72,25 @@ def test_a_candidate_cannot_win_by_losing_its_verdicts() -> None:
     parent = [1.0] * 20
     promote, figures = gate([None] * 20, parent, config=CONFIG, seed=0)
     assert not promote
-    assert (figures.score, figures.p) == (0.0, 1.0)
+    assert (figures.score, figures.losses, figures.p) == (0.0, 20, 1.0)
+
+
+def test_being_unscored_where_one_would_lose_pays_no_more_than_losing() -> None:
+    parent = [0.0] * 5 + [1.0]
+    scored = gate([1.0] * 5 + [0.0], parent, config=CONFIG, seed=0)
+    unscored = gate([1.0] * 5 + [None], parent, config=CONFIG, seed=0)
+    assert scored == unscored
+    assert not scored[0]
+
+
+def test_being_unscored_is_never_better_than_a_parent_that_was_punished() -> None:
+    _, figures = gate([None, 1.0], [-1.0, 0.5], config=CONFIG, seed=0)
+    assert (figures.wins, figures.losses) == (1, 0)
+
+
+def test_a_decision_names_the_rules_that_it_needed() -> None:
+    assert gate_version([1.0, None], [0.0, None]) == gate_version([1.0], None) == "1"
+    assert gate_version([1.0, None], [0.0, 0.0]) == "2"
 
 
 def test_other_rewards_than_pass_and_fail_are_compared_by_their_size() -> None:
