@@ -12,10 +12,10 @@ from bascule.runtime.audit.replay import first_path
 from bascule.runtime.log.chain import Chain
 from bascule.schemas.codec import canonical, is_compared
 from bascule.schemas.envelope import Recorded
-from bascule.schemas.events import Data, LogCheckpointed
+from bascule.schemas.events import Data, LogCheckpointed, SandboxProbed
 
-#: What is recorded when it happens to be due, and so differs between equal runs.
-_INCIDENTAL = (LogCheckpointed,)
+#: What is recorded when it happens to be due, or of the machine, and so differs between equal runs.
+_INCIDENTAL = (LogCheckpointed, SandboxProbed)
 
 
 class Entry(msgspec.Struct, frozen=True):

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from bascule.runtime.cli.app import app
 from bascule.schemas.errors import ConfigError
 
-WHAT = {"run": "r1", "service": "rollout", "what": "1", "a": "r1", "b": "r2", "sha256": "ab" * 32}
+WHAT = {"run": "r1", "service": "rollout", "what": "1", "a": "r1", "b": "r2", "sha256": "ab" * 32, "exports": "out.tar"}
 
 
 def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

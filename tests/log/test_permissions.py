@@ -62,6 +62,7 @@ def examples(run: str) -> dict[str, set[str]]:
         subjects.adapter_checkpointed(run, 1, 0): {"trainer"},
         subjects.train_outcome(run, 1): {"trainer"},
         subjects.adapter_served(run, "g01-i000"): {"rollout"},
+        subjects.sandbox_probed(run, "rollout", "1a2b3c"): {"rollout", "verifier", "feedback"},
         subjects.log_checkpointed(run, 256): {"verifier"},
     }
 
