@@ -8,6 +8,7 @@ cells; what a program does on another tissue is what ``sealed`` is for.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -74,7 +75,7 @@ SPLITS_OF_ONE = 6
 CELLS = 1000
 #: What magic-impute 3.0.0 scored at the published split seed 0, on counts that were truncated and not rounded.
 RECORDED: dict[Split, float] = {"dev": 0.2226, "sealed": 0.0992}
-PARAMETERS = ("data", "h5ad", "limit", "score_mode")
+PARAMETERS = ("data", "h5ad", "limit", "score_mode", "sha256")
 
 
 class Denoising:
@@ -82,8 +83,9 @@ class Denoising:
 
     Parameters: ``score_mode`` (``strict``; ``paper`` is the published rule with its holes), ``data`` (``real``, or
     ``simulated`` tissues everywhere for trying out), ``h5ad`` (path of a file of the user's own, whose cells are dev
-    and sealed), ``split_seed`` (none: private splits; a number: dev and sealed are immune cells and mouse cortex as a
-    whole under the published split of that seed, for comparisons) and ``limit`` (60 s for a program).
+    and sealed), its ``sha256`` where it is to be that one (a run records it), ``split_seed`` (none: private splits; a
+    number: dev and sealed are immune cells and mouse cortex as a whole under the published split of that seed, for
+    comparisons) and ``limit`` (60 s for a program).
     """
 
     name = "denoising"
@@ -102,11 +104,38 @@ class Denoising:
         self.h5ad = params.get("h5ad")
         if self.h5ad is not None and (not isinstance(self.h5ad, str) or not Path(self.h5ad).expanduser().is_file()):
             raise _refused(f"finds no file {self.h5ad!r}", "Give the path of an h5ad file as h5ad.")
+        self.sha256 = params.get("sha256")
+        if self.sha256 is not None and (self.h5ad is None or not isinstance(self.sha256, str)):
+            raise _refused(
+                f"cannot use the sha256 {self.sha256!r:.80}", "Give it as text and with h5ad, or leave it out."
+            )
         if sum((self.h5ad is not None, self.data != "real", self.seed is not None)) > 1:
             raise _refused("cannot have more than one of h5ad, data=simulated and split_seed", "Give one of them.")
         self.limit = params.get("limit", 60)
         if isinstance(self.limit, bool) or not isinstance(self.limit, int | float) or not 1 <= self.limit <= 3600:
             raise _refused(f"cannot limit a program to {self.limit!r} s", "Give 1 to 3600 seconds.")
+
+    @property
+    def pinned(self) -> dict[str, str]:
+        """Parameters that a run records, so that it goes on with this very file: its absolute path and its SHA-256.
+
+        Raises:
+            ConfigError: it is another file than ``sha256`` says, or cannot be read.
+        """
+        if self.h5ad is None:
+            return {}
+        path = Path(self.h5ad).expanduser().absolute()
+        try:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as e:
+            raise _refused(f"cannot read {path}: {e}", "Correct its permissions.") from e
+        if self.sha256 is not None and self.sha256 != found:
+            raise ConfigError(
+                f"The file {path} has changed: its sha256 is {found}, and was {self.sha256}.",
+                next_step="Put the recorded file back, or start a new run.",
+            )
+        return {"h5ad": str(path), "sha256": found}
 
     def sources(self) -> dict[str, Callable[[], NDArray[np.int32]]]:
         """The data sets, by name."""
@@ -151,7 +180,7 @@ class Denoising:
         own = f"; dev and sealed: {Path(self.h5ad).name}" if self.h5ad is not None else ""
         return PublicFace(
             name=self.name,
-            version="1",
+            version="-".join(("1", *filter(None, [self.pinned.get("sha256", "")[:16]]))),
             description=DESCRIPTION + "\n" + RULES[self.mode],
             train=tuple(examples["train"]),
             # Nobody knows the best program; this one is sound.
@@ -172,8 +201,9 @@ class Denoising:
         """The scorer, with all data that it needs.
 
         Raises:
-            ConfigError: data cannot be had, or the user's file is not usable.
+            ConfigError: data cannot be had, or the user's file is not usable or not the recorded one.
         """
+        _ = self.pinned  # refuses a file that has changed
         cuts, sources = self.cuts(), self.sources()
         # Loaded now and kept: the scoring process has no right to the files later on.
         data = {name: sources[name]() for name in sorted({cut.data for cut in cuts.values()})}

@@ -33,6 +33,9 @@ REGIMES = {
     "retrieval": Allows(data=True),
     "classical_allowed": Allows(data=True, packages=PACKAGES, memory_mb=6144, disk_mb=64, prepare_seconds=300.0),
 }
+#: What a regime asks for. Of this only what :data:`REGIMES` says is enforced: the packages that a harness may import,
+#: and whether it is given the train cases. No check finds cases that an author wrote into a harness, or a classifier
+#: without a package; whoever compares figures of two regimes looks into the harnesses.
 RULES = {
     "llm_only": "No labelled case may be used: not in a prompt, and not by code.",
     "retrieval": "The train cases and their charges may be used as examples; no classifier may be fitted on them.",
@@ -93,7 +96,11 @@ class LawBenchPrivate:
 
 
 class LawBench:
-    """The task ``lawbench``. Parameters: ``regime`` (``llm_only``), ``split_seed`` (0) of dev."""
+    """The task ``lawbench``. Parameters: ``regime`` (``llm_only``), ``split_seed`` (0) of dev.
+
+    Of a regime's rules the packages and the access to the train cases are enforced, the rest is asked for: see
+    :data:`RULES`.
+    """
 
     name = NAME
     summary = "LawBench: which of 191 criminal charges a Chinese case led to; three regimes"

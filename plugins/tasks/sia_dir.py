@@ -136,7 +136,8 @@ class SiaDir:
         public = directory.files_of(path / "data" / "public")
         private = directory.files_of(path / "data" / "private")
         shape = directory.shape_of(public)
-        return private_face(str(path), shape, public, private, self._grader, self._given.get("metric", ""))
+        metric = self._given.get("metric", "")
+        return private_face(str(path), shape, public, private, self._grader, metric, self._patterns)
 
     def harness(self) -> dict[str, str]:
         path = self._path()

@@ -7,15 +7,16 @@ prints nothing is told, since it prints the answers: only its figure, or that th
 from __future__ import annotations
 
 import ast
+import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 from bascule.plugins.sandbox import Program, Programs, Ran
 from bascule.plugins.tasks.sia_dir_files import EVALUATOR, Shape
 from bascule.plugins.tasks.sia_dir_grades import Key, NoFigure, correct, figure_of, key_of, read
-from bascule.plugins.tasks.sia_dir_submission import NotASubmission, unpack
+from bascule.plugins.tasks.sia_dir_submission import PATTERNS, NotASubmission, unpack
 from bascule.schemas.errors import ConfigError, ScoringError
 from bascule.schemas.events import Split
 from bascule.schemas.trajectory import Scored, Unscored, Verdict
@@ -35,6 +36,8 @@ DISTRIBUTIONS = {
 _GEN = "gen"
 _RESULTS = f"{_GEN}/results.json"
 _SAMPLE = "sample_submission.csv"
+#: What evaluators write, so that no submission may bring it, whatever patterns a user gives.
+_GRADES = ("results.json", "evaluation_results.json")
 # Without ``site`` there is no ``exit``, which scripts use; and evaluators are promised an absolute path.
 _DRIVER = f"""\
 import builtins, os, runpy, sys
@@ -73,11 +76,36 @@ def _installed(distribution: str) -> bool:
     return True
 
 
-def evaluation(public: Mapping[str, bytes], private: Mapping[str, bytes], submission: Mapping[str, str]) -> Program:
-    """The evaluator's program on one submission."""
+class _NotStarted(Exception):
+    """The sandbox could not start the evaluator, which is no submission's fault."""
+
+
+def handed_in(files: Mapping[str, str], patterns: Sequence[str] = PATTERNS) -> dict[str, str]:
+    """Of the files of an answer those that a submission may have; an answer can name what it likes.
+
+    Where an evaluator ends well without a word, a ``results.json`` that came with the answer would be its figure.
+    """
+
+    def asked(name: str) -> bool:
+        inner, _, last = name.rpartition("/")
+        parts = (pattern.rpartition("/") for pattern in patterns)
+        return any(inner == folder and fnmatch.fnmatchcase(last, form) for folder, _, form in parts)
+
+    return {name: text for name, text in files.items() if asked(name) and name.partition("/")[0] not in _GRADES}
+
+
+def evaluation(
+    public: Mapping[str, bytes],
+    private: Mapping[str, bytes],
+    submission: Mapping[str, str],
+    patterns: Sequence[str] = PATTERNS,
+) -> Program:
+    """The evaluator's program on one submission; files that match no pattern are left out (:func:`handed_in`)."""
     files = {f"task/data/public/{name}": data for name, data in public.items()}
     files |= {f"task/data/private/{name}": data for name, data in private.items()}
-    files |= {f"{_GEN}/{name}": text.encode("utf-8", "replace") for name, text in submission.items()}
+    files |= {
+        f"{_GEN}/{name}": text.encode("utf-8", "replace") for name, text in handed_in(submission, patterns).items()
+    }
     source = public[EVALUATOR].decode("utf-8", "replace")
     size = sum(map(len, files.values())) >> 20
     return Program(
@@ -141,10 +169,17 @@ class SiaEvaluated:
 
     seconds = 2 * EVALUATE_SECONDS + _OWN_SECONDS
 
-    def __init__(self, public: Mapping[str, bytes], private: Mapping[str, bytes], metric: str) -> None:
+    def __init__(
+        self,
+        public: Mapping[str, bytes],
+        private: Mapping[str, bytes],
+        metric: str,
+        patterns: Sequence[str] = PATTERNS,
+    ) -> None:
         self._public = public
         self._private = private
         self._metric = metric
+        self._patterns = tuple(patterns)
         self._programs: Programs | None = None
         self._works: bool | None = None
 
@@ -162,18 +197,23 @@ class SiaEvaluated:
             files = unpack(answer or "")
         except NotASubmission:
             return _failed()
+        if not handed_in(files, self._patterns):
+            return _failed()
         try:
-            reward = self._figure(files)
-        except NoFigure as e:
-            return _failed() if self._works_on_sample() else Unscored(reason=f"The directory's evaluator: {e}.")
+            try:
+                reward = self._figure(files, self._patterns)
+            except NoFigure as e:
+                return _failed() if self._works_on_sample() else Unscored(reason=f"The directory's evaluator: {e}.")
+        except _NotStarted as e:
+            return Unscored(reason=f"The sandbox could not start the directory's evaluator: {e}")
         return Scored(reward=reward)
 
-    def _figure(self, files: Mapping[str, str]) -> float:
+    def _figure(self, files: Mapping[str, str], patterns: Sequence[str]) -> float:
         if self._programs is None:
             raise ScoringError("The task sia-dir has no sandbox for its evaluator.", next_step="Score it in a run.")
-        ran = self._programs.run(evaluation(self._public, self._private, files))
+        ran = self._programs.run(evaluation(self._public, self._private, files, patterns))
         if ran.ending == "refused":
-            raise NoFigure("the sandbox could not start it")
+            raise _NotStarted(ran.stderr.decode("utf-8", "replace")[-300:])
         return figure(ran, self._metric)
 
     def _works_on_sample(self) -> bool:
@@ -182,7 +222,7 @@ class SiaEvaluated:
             return False
         if self._works is None:
             try:
-                self._figure({"submission.csv": sample.decode("utf-8", "replace")})
+                self._figure({"submission.csv": sample.decode("utf-8", "replace")}, PATTERNS)
             except NoFigure:
                 self._works = False
             else:
@@ -197,8 +237,12 @@ def private_face(
     private: Mapping[str, bytes],
     grader: Grader | None,
     metric: str,
+    patterns: Sequence[str] = (),
 ) -> SiaPrivate | SiaEvaluated:
     """The face for a grader; by default ours where it can be had.
+
+    Args:
+        patterns: of the files that are handed in; the usual ones if there are none.
 
     Raises:
         ConfigError: that grader cannot be had.
@@ -216,7 +260,7 @@ def private_face(
             f"{name} has no data/public/{EVALUATOR}, and no answers of a form that is known: nothing can grade it.",
             next_step=f"Write its {EVALUATOR}, which takes --gen-dir and writes results.json there.",
         )
-    return SiaEvaluated(public, private, metric)
+    return SiaEvaluated(public, private, metric, patterns or PATTERNS)
 
 
 def _failed() -> Scored:

@@ -23,13 +23,20 @@ class Lost(Exception):
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker says of itself; of a candidate's only ``ok``, ``why`` and the digest matter, and may be lies."""
+    """What a worker says of itself; of a candidate's only ``ok``, ``why`` and the digest matter, and may be lies.
+
+    Attributes:
+        cpu: processor time of the call, s.
+        peak: floating-point operations a second of its core.
+        tick: least step of its clock of processor time, s.
+    """
 
     ok: bool
     why: Annotated[str, msgspec.Meta(max_length=REPLY_BYTES)] = ""
     sha256: Annotated[str, msgspec.Meta(max_length=64)] = ""
     cpu: float = 0.0
     peak: float = 0.0
+    tick: float = 0.0
 
 
 def program(kernel: str, mode: str, *, seconds: float, packages: tuple[str, ...] = ("torch", "numpy")) -> Program:

@@ -32,7 +32,7 @@ from bascule.plugins.sandbox import Programs, Running
 from bascule.plugins.tasks.trimul_cases import Case, probes
 from bascule.plugins.tasks.trimul_kernels import REFERENCE
 from bascule.plugins.tasks.trimul_link import Lost, Worker, program, started
-from bascule.plugins.tasks.trimul_timing import Compared, Times, compare, hold_up
+from bascule.plugins.tasks.trimul_timing import Coarse, Compared, Times, compare, hold_up
 from bascule.schemas.errors import ScoringError
 from bascule.schemas.events import Split
 from bascule.schemas.trajectory import Scored, Unscored, Verdict
@@ -106,6 +106,7 @@ class TrimulPrivate:
         self._programs: Programs | None = None
         self._reference: tuple[Running, Worker] | None = None
         self._peak = 0.0
+        self._tick = 0.0
         #: The most seconds that one verdict takes.
         self.seconds = 4 * seconds
 
@@ -162,7 +163,13 @@ class TrimulPrivate:
                 times = [self._times(candidate, case, -(-self._pairs // len(cases))) for case in cases]
             except _Wrong as e:
                 return Measured(why=str(e))
-        compared = compare(times, max(before, self._alone(cases)))
+        after = self._alone(cases)
+        try:
+            # Judged now, so that a wrong kernel is wrong with any clock.
+            alone = max(hold_up(*calls, self._tick) for calls in (before, after))
+            compared = compare(times, alone, self._tick)
+        except Coarse as e:
+            return Measured(correct=True, unscored=f"The kernel is right, but cannot be timed here: {e}.")
         return Measured(reward=compared.speedup, correct=True, compared=compared)
 
     def _interpreted(self, kernel: str) -> Measured:
@@ -202,13 +209,13 @@ class TrimulPrivate:
                 raise _RuntimeLost(str(e)) from e
             if not loaded.ok:
                 raise _RuntimeLost(loaded.why)
-            self._peak = ready.peak
+            self._peak, self._tick = ready.peak, ready.tick
         return self._reference[1]
 
-    def _alone(self, cases: Iterable[Case]) -> float:
-        """How much the reference is held up while there is no candidate."""
+    def _alone(self, cases: Iterable[Case]) -> tuple[list[float], list[float]]:
+        """Wall and processor times of the reference while there is no candidate, s."""
         calls = [self._ask_reference(case, secrets.randbits(62), vectors(case)) for case in cases for _ in range(ALONE)]
-        return hold_up([wall for wall, _, _ in calls], [processor for _, processor, _ in calls])
+        return [wall for wall, _, _ in calls], [processor for _, processor, _ in calls]
 
     def _ask_reference(self, case: Case, seed: int, with_vectors: bytes) -> tuple[float, float, str]:
         """Wall time, processor time and digest of a call."""

@@ -19,8 +19,15 @@ LEAST_GAIN = 0.10
 DEVIATIONS = 3.0
 #: How much more than without the candidate the reference may be held up before it is laid at the candidate's door.
 DISTURBANCE = 1.1
+#: A step of the clock of processor time may be this much of a call for the call to be judged by itself, and calls
+#: together must take so many steps.
+FINE, STEPS = 0.02, 10
 _MAD_TO_SD = 1.4826
 _MEDIAN_TO_MEAN = math.sqrt(math.pi / 2)
+
+
+class Coarse(ValueError):
+    """The clock of processor time is too coarse for these calls; the message says how coarse."""
 
 
 class Times(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,12 +76,26 @@ def ratios(times: Times) -> list[float]:
     return [math.sqrt(before * after) / between for before, after, between in beside]
 
 
-def hold_up(reference: Sequence[float], processor: Sequence[float]) -> float:
-    """Median of wall time over processor time."""
-    return statistics.median(w / max(p, 1e-6) for w, p in zip(reference, processor, strict=True))
+def hold_up(reference: Sequence[float], processor: Sequence[float], tick: float = 0.0) -> float:
+    """Wall time over processor time: the median over the calls, or of their sums where the clock is coarse for a call.
+
+    Args:
+        tick: least step of the clock of processor time, s.
+
+    Raises:
+        Coarse: the clock made too few steps in all calls together.
+    """
+    if tick <= FINE * min(reference):
+        return statistics.median(w / max(p, 1e-6) for w, p in zip(reference, processor, strict=True))
+    together = math.fsum(processor)
+    if together < STEPS * tick:
+        raise Coarse(
+            f"the clock of processor time has steps of {tick * 1e3:.3g} ms, and the calls took {together * 1e3:.3g} ms"
+        )
+    return math.fsum(reference) / together
 
 
-def compare(measured: Sequence[Times], alone: float) -> Compared:
+def compare(measured: Sequence[Times], alone: float, tick: float = 0.0) -> Compared:
     """The speed-up of a candidate.
 
     A ratio within 10% of 1 is 1. One above counts only if it is also outside three A/A deviations, otherwise it is 1.
@@ -84,13 +105,17 @@ def compare(measured: Sequence[Times], alone: float) -> Compared:
     Args:
         measured: the times of each case.
         alone: :func:`hold_up` of reference calls made while there was no candidate.
+        tick: least step of the clock of processor time, s.
+
+    Raises:
+        Coarse: that clock tells nothing about calls so short.
     """
     medians = tuple(statistics.median(ratios(times)) for times in measured)
     logs = [math.log(b / a) for t in measured for a, b in zip(t.reference, t.reference[1:], strict=False)]
     centre = statistics.median(logs)
     spread = _MAD_TO_SD * statistics.median(abs(v - centre) for v in logs)
     deviation = max(abs(centre), _MEDIAN_TO_MEAN * spread / math.sqrt(len(logs)))
-    present = statistics.median(hold_up(times.reference, times.processor) for times in measured)
+    present = statistics.median(hold_up(times.reference, times.processor, tick) for times in measured)
     held_up = present / alone if present > DISTURBANCE * alone else 1.0
     ratio = math.exp(math.fsum(map(math.log, medians)) / len(medians))
     fair = ratio / held_up

@@ -1,7 +1,7 @@
 """Baselines, scored where everything is scored: in the scoring process.
 
-Some take a minute, a classifier that is fitted or a program that runs, and none of them changes as long as its task and
-its code are the same. So what they scored is remembered in the user's cache.
+Some take a minute, a classifier that is fitted or a program that runs, and none of them changes as long as its task,
+its code and the libraries are the same. So what they scored is remembered in the user's cache.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import platform
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import msgspec
+from packaging.requirements import Requirement
 
 from bascule.plugins.loader import code_hash
 from bascule.plugins.task import Compares, Comparison
@@ -120,11 +123,30 @@ async def score_constant(world: World, answer: str) -> float:
         return (await _score(scorer, world, "sealed", lambda _: answer)).score or 0.0
 
 
+def installed(packages: Iterable[str] = ()) -> dict[str, str]:
+    """Versions of the libraries that a baseline may compute with: all that Bascule may need, and ``packages``.
+
+    Args:
+        packages: names of further distributions.
+
+    Returns:
+        By name; empty for what is not installed.
+    """
+    found = {}
+    for name in sorted({*(Requirement(text).name for text in requires("bascule") or ()), *packages}):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = ""
+    return found
+
+
 def _place(world: World, splits: Sequence[Split]) -> Path:
     """The file for the scores of these splits; its name follows from all that they depend on."""
     task = world.config.task
     depends = (
         *(task.name, task.params, task_digest(world.public), world.plugins.pin("task", task.name).hash, code_hash()),
+        *(platform.python_version(), installed(world.public.allows.packages)),
         *(world.config.sandbox.unsafe, [(split, len(world.positions(split))) for split in splits]),
     )
     return cache_folder() / "baselines" / f"{hashlib.blake2b(canonical(depends), digest_size=16).hexdigest()}.json"

@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -126,14 +127,14 @@ async def _played(world: World, scorer: Scorer) -> list[Check]:
             seed=number,
             batch=batch,
         )
-        return await episodes(spec, ConstantEngine(said), world.task.tools(example))
+        return await episodes(spec, ConstantEngine(said), partial(world.task.tools, example))
 
     faults, rewards = [], []
     try:
         async with harness_processes(world) as episodes:
             trajectories = [await one(episodes, number) for number in range(len(examples))]
     except BasculeError as e:
-        return [*checks, check("episode", played, [str(e)], "See what the sandbox lacks: bascule doctor.")]
+        return [*checks, check("episode", played, [e.message], e.next_step or "Correct what it names.")]
     for example, trajectory in zip(examples, trajectories, strict=True):
         if trajectory.error is not None:
             faults.append(f"on {example.id!r} it ended in {trajectory.error.kind}: {trajectory.error.message}")

@@ -42,11 +42,14 @@ def configure(given: dict[str, Any], overrides: Sequence[str], loaded: Plugins) 
     task = loaded.registry.tasks.get(str(base["task"]["name"]))(base["task"].get("params", {}))
     defaults = merged(plain(RunConfig(task=PluginChoice(name=task.name))), task.defaults())
     for kind in ("author", "policy", "engine"):
-        if isinstance(base.get(kind), dict) and base[kind].get("name", defaults[kind]["name"]) != defaults[kind]["name"]:
+        usual = defaults[kind]["name"]
+        if isinstance(base.get(kind), dict) and base[kind].get("name", usual) != usual:
             defaults.pop(kind)  # parameters for one plugin say nothing to another
     # What the task makes of its parameters is recorded, so that a report needs no plugin to say what was played.
     regime = getattr(task, "regime", "")
     named = {"task": {"params": {"regime": regime}}} if regime else {}
+    # And which file of the user's it was, where the task reads one, so that no other takes its place.
+    named = merged(named, {"task": {"params": getattr(task, "pinned", {})}})
     return parse_config(merged(merged(defaults, base), named))
 
 

@@ -262,13 +262,14 @@ async def _report(store: Store, name: str, *, picture: bool) -> RunReport:
     outcomes, handed_in = Outcomes(), HandedIn()
     reporter = await _reporter(store, name, outcomes.add, handed_in.add)
     rollouts, updates = outcomes.repeated(store.home / "runs" / name / "services.jsonl")
+    started = reporter.state.started
     found = reporter.report(await _baselines(reporter.state, compute=picture))
     result = msgspec.structs.replace(
         found,
         repeated_rollouts=rollouts,
         repeated_updates=updates,
-        looks=sum((await looks(store.log.read, found.task)).values()),
-        notes=await handed_in.notes(reporter.state.started.config) if picture and reporter.state.started else (),
+        looks=0 if started is None else sum((await looks(store.log.read, started.config.task)).values()),
+        notes=await handed_in.notes(started.config) if picture and started else (),
     )
     if picture and result.generations:
         path = store.home / "runs" / name / "report.png"

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bascule.plugins.loader import plugins
 from bascule.plugins.tasks import counts, magic
 from bascule.plugins.tasks.denoising import MAGIC, NO_DENOISING, REVERSED, ZEROS, Denoising
 from bascule.plugins.tasks.denoising_private import MAX_BYTES, Cut, DenoisingPrivate, Judged
 from bascule.plugins.tasks.denoising_results import NotAMatrix, matrix
 from bascule.plugins.tasks.denoising_scores import bounds, figures, reward
 from bascule.plugins.tasks.denoising_splits import parted, secret
+from bascule.runtime.cli.configuration import configure
 from bascule.schemas.errors import ConfigError
 from bascule.schemas.harness import make_harness
 from bascule.schemas.run import parse_config
@@ -385,7 +387,19 @@ def test_a_users_file_is_read_dense_and_sparse_and_only_counts_are_taken(tmp_pat
         assert np.array_equal(counts.from_h5ad(tmp_path / f"{name}.h5ad"), kept)
     task = Denoising({"h5ad": str(tmp_path / "csr.h5ad")})
     assert [e.group for e in task.public().sealed][:2] == ["own-2", "own-3"]
-    task.private()
+    pinned = task.pinned
+    assert task.public().version == f"1-{pinned['sha256'][:16]}"
+    chosen = {"name": "denoising", "params": {"h5ad": str(tmp_path / "csr.h5ad")}}
+    assert configure({"task": chosen}, [], plugins()).task.params == pinned, "a run records which file it was"
+    recorded = Denoising(pinned)
+    assert recorded.public() == task.public()
+    recorded.private()
+    with h5py.File(tmp_path / "csr.h5ad", "a") as file:
+        file["raw/X/data"][0] += 1
+    assert task.public().version != f"1-{pinned['sha256'][:16]}", "other data are another task"
+    for opened in (recorded.private, recorded.public):
+        with pytest.raises(ConfigError, match=r"csr\.h5ad has changed"):
+            opened()
     with h5py.File(tmp_path / "logs.h5ad", "w") as file:
         file["X"] = np.log1p(tissue)
     with pytest.raises(ConfigError, match="no counts"):
@@ -402,6 +416,7 @@ def test_a_users_file_is_read_dense_and_sparse_and_only_counts_are_taken(tmp_pat
         {"score_mode": "kind"},
         {"data": "none"},
         {"h5ad": "/nowhere.h5ad"},
+        {"sha256": "0" * 64},
         {"split_seed": -1},
         {"data": "simulated", "split_seed": 0},
         {"limit": 0},

@@ -9,7 +9,8 @@ from bascule.schemas.run import PluginChoice, RunConfig
 
 
 async def test_magic_as_a_program_on_the_published_split_is_within_the_tolerance_of_its_recorded_figure() -> None:
-    world = World(plugins(), RunConfig(task=PluginChoice(name="denoising")))
+    # The limit is what a machine ten times slower would need.
+    world = World(plugins(), RunConfig(task=PluginChoice(name="denoising", params={"limit": 900})))
     immune, _ = world.task.comparisons()  # type: ignore[attr-defined]
     (found,) = await score_comparisons(world, [immune])
     assert (found.comparison.recorded, found.comparison.tolerance) == (0.2226, 0.002)

@@ -290,7 +290,7 @@ async def test_a_real_episode_is_one_growing_conversation_of_twenty_turns(
     spec = EpisodeSpec(trajectory="t", harness=harness, example=example.input, sampling=Sampling(), seed=1)
     pool = HarnessPool(children=1)
     try:
-        trajectory = await run_episode(spec, Script(lines), pool, task.tools(example))
+        trajectory = await run_episode(spec, Script(lines), pool, lambda: task.tools(example))
     finally:
         await pool.close()
     assert trajectory.error is None

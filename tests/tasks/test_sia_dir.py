@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
+from bascule.plugins.sandbox import Program, Ran, Running
 from bascule.plugins.task import PrivateFace
 from bascule.plugins.tasks import sia_dir_submission as submission
 from bascule.plugins.tasks.sia_data import WHEEL
 from bascule.plugins.tasks.sia_dir import SiaDir, named
 from bascule.plugins.tasks.sia_dir_files import shape_of
 from bascule.plugins.tasks.sia_dir_grades import NoFigure, correct, figure_of, key_of, read
-from bascule.plugins.tasks.sia_dir_private import SiaEvaluated
+from bascule.plugins.tasks.sia_dir_private import SiaEvaluated, handed_in
 from bascule.plugins.tasks.sia_dir_submission import NotASubmission, collect, pack, unpack
 from bascule.plugins.wheels import extract, fetch_wheel
 from bascule.runtime.engines.constant import ConstantEngine
@@ -99,7 +100,7 @@ async def play(pool: HarnessPool, chosen: SiaDir, says: str = "A") -> Trajectory
         sampling=Sampling(),
         seed=1,
     )
-    return await run_episode(spec, ConstantEngine(says), pool, {})
+    return await run_episode(spec, ConstantEngine(says), pool, dict)
 
 
 @pytest.fixture
@@ -324,6 +325,65 @@ def test_an_evaluator_that_fails_leaves_unscored_and_quotes_nothing(ending: str,
     assert isinstance(verdict, Unscored)
     assert reason in verdict.reason
     assert "medlar" not in verdict.reason
+
+
+@pytest.mark.parametrize("submission_patterns", [[], ["*.json", "*.csv"]], ids=["usual", "any"])
+def test_a_submission_brings_no_figure_of_its_own_past_an_evaluator_that_is_silent(
+    submission_patterns: list[str], tmp_path: Path
+) -> None:
+    names = ("results.json", "evaluation_results.json")
+    seen = f"assert not any((folder / name).exists() for name in {names})\n"
+    path = directory(tmp_path / "fruit", evaluator=f"{EVALUATOR}\n{seen}", sample=False)
+    face = task(path, grader="theirs", submission=submission_patterns).private()
+    assert isinstance(face, SiaEvaluated)
+    face.use(LayeredSandbox())
+    forged = {name: json.dumps({"accuracy": 1.0}) for name in names}
+    verdict = face.score("dev", "dev-1", pack({"submission.csv": "id,label\n1,fig\n", **forged}))
+    assert isinstance(verdict, Unscored)
+    assert "left no results.json" in verdict.reason
+    assert face.score("dev", "dev-1", pack(forged)) == Scored(reward=0.0, passed=False, well_formed=False)
+
+
+def test_of_an_answer_only_files_that_match_the_patterns_are_handed_in() -> None:
+    files = dict.fromkeys(
+        ("submission.csv", "results/a.json", "evaluate.py", "results/a.py", "more/submission.csv"), ""
+    )
+    assert list(handed_in(files)) == ["submission.csv", "results/a.json"]
+    assert list(handed_in(files, ["more/*.csv", "*.py"])) == ["evaluate.py", "more/submission.csv"]
+
+
+class Failing:
+    """A sandbox that starts programs only as often as it is told, and then no more."""
+
+    def __init__(self, starts: int) -> None:
+        self._starts = starts
+        self._real = LayeredSandbox()
+
+    def run(self, program: Program) -> Ran:
+        if not self._starts:
+            return Ran(ending="refused", stderr=b"no memory cgroup")
+        self._starts -= 1
+        return self._real.run(program)
+
+    def start(self, program: Program) -> Running:
+        return self._real.start(program)
+
+
+@pytest.mark.parametrize("starts", [0, 1], ids=["on the submission", "on the sample"])
+def test_a_sandbox_that_does_not_start_an_evaluator_is_no_fault_of_a_submission(starts: int, tmp_path: Path) -> None:
+    face = task(directory(tmp_path / "fruit"), grader="theirs").private()
+    assert isinstance(face, SiaEvaluated)
+    broken = rows(("99", "plum"))
+    face.use(LayeredSandbox())
+    assert isinstance(face.score("dev", "dev-1", broken), Scored), "it works on the sample, and that is known"
+    for known in (face, task(directory(tmp_path / "fruit"), grader="theirs").private()):
+        assert isinstance(known, SiaEvaluated)
+        known.use(Failing(0 if known is face else starts))
+        verdict = known.score("dev", "dev-1", broken)
+        assert isinstance(verdict, Unscored)
+        assert "no memory cgroup" in verdict.reason
+    known.use(LayeredSandbox())
+    assert known.score("dev", "dev-1", broken) == Scored(reward=0.0, passed=False, well_formed=False)
 
 
 def test_a_submission_that_breaks_an_evaluator_that_works_scores_0(tmp_path: Path) -> None:

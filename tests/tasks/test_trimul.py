@@ -6,6 +6,9 @@ import ast
 import io
 import itertools
 import json
+import math
+import time
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -21,7 +24,7 @@ from bascule.plugins.tasks.trimul_cases import FULL, SIZES, Case
 from bascule.plugins.tasks.trimul_kernels import FUSED, NAIVE, REFERENCE, START
 from bascule.plugins.tasks.trimul_link import Reply
 from bascule.plugins.tasks.trimul_scorer import MAX_BYTES, TOLERANCE, difference, vectors
-from bascule.plugins.tasks.trimul_timing import Times, compare, hold_up
+from bascule.plugins.tasks.trimul_timing import Coarse, Times, compare, hold_up
 from bascule.schemas.errors import ConfigError, ScoringError
 from bascule.schemas.events import Split
 from bascule.schemas.harness import Tunable, make_harness
@@ -223,6 +226,43 @@ def test_a_machine_that_is_busy_anyway_is_not_laid_at_the_candidates_door() -> N
     found = compare([busy], alone=2.0)
     assert found.held_up == 1.0
     assert found.speedup == pytest.approx(3.0)
+
+
+def ticked(tick: float, calls: int, each: float) -> Times:
+    """Calls of equal length, whose processor time a clock tells that moves in steps."""
+    ends = [math.floor((i + 1) * each / tick) * tick for i in range(-1, calls + 1)]
+    processor = tuple(b - a for a, b in pairwise(ends))
+    return Times(reference=(each,) * (calls + 1), processor=processor, candidate=(each / 2,) * calls)
+
+
+def test_a_coarse_clock_of_processor_time_takes_nothing_from_an_honest_kernel() -> None:
+    measured = ticked(0.01, 40, 0.006)
+    assert 0.0 in measured.processor
+    alone = hold_up(measured.reference, measured.processor, 0.01)
+    assert alone == pytest.approx(1.0, abs=0.1)
+    assert compare([measured], alone, 0.01).speedup == pytest.approx(2.0)
+
+
+def test_a_clock_that_tells_nothing_about_calls_so_short_gives_no_verdict() -> None:
+    measured = ticked(0.01, 9, 0.001)
+    with pytest.raises(Coarse, match="steps of 10 ms"):
+        compare([measured], 1.0, 0.01)
+    assert compare([measured], 1.0).held_up > 1000, "taken at its word it would say that the reference was held up"
+
+
+def test_the_step_of_a_clock_is_what_it_really_moves_by() -> None:
+    asked = itertools.count()
+    assert trimul_worker.tick(lambda: next(asked) // 100 * 0.25) == 0.25
+
+
+@pytest.mark.parametrize("step", [1e-6, 0.02, 1e9])
+def test_the_peak_rate_is_plausible_whatever_the_clock_of_processor_time_is_worth(
+    step: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = time.thread_time
+    monkeypatch.setattr(trimul_worker, "PEAK_SECONDS", 0.02)
+    monkeypatch.setattr(time, "thread_time", lambda: math.floor(real() / step) * step)
+    assert 1e6 < trimul_worker.peak(torch, step) < trimul_worker.PLAUSIBLE
 
 
 def test_an_output_is_compared_element_by_element_and_must_be_finite() -> None:
