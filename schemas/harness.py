@@ -41,7 +41,9 @@ class HarnessManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         params: free parameters; levers edit these, ``harness.py`` reads them.
         isolation: ``episode``: a process for each episode. ``batch``: a process that runs ``prepare(data, context)`` of
             ``harness.py`` once, and then forks one for each episode, which finds what it returned in
-            ``context.prepared``.
+            ``context.prepared``. A batch is one evaluation, so code of the harness runs in the process that all its
+            episodes are forked from: it must leave neither a thread nor a process running, and what it answers may
+            depend on every item of the evaluation, not on the one that is asked alone.
         data: what ``prepare`` gets: ``train`` is the task's train items with their answers, without those that are
             asked; otherwise nothing.
         packages: installed distributions that the harness imports.

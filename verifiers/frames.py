@@ -75,10 +75,12 @@ class FramedProcess:
     Args:
         name: what it is called in reasons, ``the scoring process`` for instance.
         arguments: of the interpreter.
+        grace: seconds that it has to put away what it made when it is ended; 0: it is killed at once.
     """
 
-    def __init__(self, name: str, arguments: Sequence[str]) -> None:
+    def __init__(self, name: str, arguments: Sequence[str], *, grace: float = 0.0) -> None:
         self.name = name
+        self._grace = grace
         self._arguments = tuple(arguments)
         self._process: asyncio.subprocess.Process | None = None
 
@@ -136,12 +138,22 @@ class FramedProcess:
         process, self._process = self._process, None
         if process is None:
             return
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
         if process.stdin is not None:
             process.stdin.close()
-        # A killed process ends at once. Were a cancelled wait to leave it, its transport would outlive the loop.
         cancelled: asyncio.CancelledError | None = None
+        if self._grace and process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+            try:
+                async with asyncio.timeout(self._grace):
+                    await process.wait()
+            except TimeoutError:
+                pass
+            except asyncio.CancelledError as e:
+                cancelled = e
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        # A killed process ends at once. Were a cancelled wait to leave it, its transport would outlive the loop.
         while process.returncode is None:
             try:
                 await process.wait()

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from bascule.verifiers.sandbox.confine import kernel
 
-#: Whose process the scoring process is where it was root's: nobody's account, and just below the range that programs
-#: and harnesses get (:data:`bascule.verifiers.sandbox.plans.FIRST_UID`).
+#: Whose process the scoring process is where it was root's. It is none of those that programs and harnesses get
+#: (from :data:`bascule.verifiers.sandbox.plans.FIRST_UID` on), and the last below systemd's range of short-lived users.
 SCORING_UID = 61183
 
 _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH = 1 << 1, 1 << 2

@@ -53,6 +53,8 @@ class Scorer:
     #: Arguments of the interpreter; -P keeps the working folder off the path.
     command: ClassVar[tuple[str, ...]] = ("-P", "-m", "bascule.verifiers.scoring_process")
     server_command: ClassVar[tuple[str, ...]] = ("-P", "-m", "bascule.verifiers.sandbox.server")
+    #: Seconds that the server of programs has to end what runs and to remove its folders.
+    server_grace: ClassVar[float] = 5.0
 
     def __init__(
         self,
@@ -78,7 +80,7 @@ class Scorer:
         self._ids = itertools.count()
         self._lock = asyncio.Lock()
         self._scoring = FramedProcess("the scoring process", self.command)
-        self._server = FramedProcess("the server of programs", self.server_command)
+        self._server = FramedProcess("the server of programs", self.server_command, grace=self.server_grace)
 
     @property
     def pid(self) -> int | None:

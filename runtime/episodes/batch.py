@@ -1,4 +1,8 @@
-"""A batch: the episodes of one harness that share what its ``prepare`` made, once."""
+"""A batch: the episodes of one harness that share what its ``prepare`` made, once.
+
+A batch sees all items of its evaluation: the process that forks its episodes has run code of the harness, and is there
+as long as they are. Its episodes are sealed off from one another, and not from it.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -111,8 +111,12 @@ def call_seed(seed: int, call: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{call}".encode()).digest()[:6], "big")
 
 
+MakeTools = Callable[[], Mapping[str, Tool]]
+"""Makes the tools of an episode; those that have a state begin it anew."""
+
+
 async def run_episode(
-    spec: EpisodeSpec, engine: Engine, pool: HarnessPool, tools: Mapping[str, Tool], redaction: Redaction | None = None
+    spec: EpisodeSpec, engine: Engine, pool: HarnessPool, tools: MakeTools, redaction: Redaction | None = None
 ) -> Trajectory:
     """Run one episode to its end; whatever the harness does, the result is a trajectory.
 
@@ -121,12 +125,12 @@ async def run_episode(
     Tools get their arguments as the harness gave them.
 
     An episode that is lost with the zygote is played once more from the start, under a zygote of its own, since
-    another episode may be to blame.
+    another episode may be to blame. ``tools`` is called for each start.
     """
     limits = limits_of(spec.harness.manifest)
     redaction = redaction or process_redaction()
     for alone in (False, True):
-        broker = _Broker(spec, engine, tools, redaction)
+        broker = _Broker(spec, engine, tools(), redaction)
         try:
             outcome = await pool.run(
                 spec.harness, broker.opening(), broker.handle, limits=limits, batch=spec.batch, alone=alone

@@ -18,7 +18,7 @@ import random
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
 from typing import Any, NamedTuple
@@ -257,8 +257,12 @@ def print_own(e: BaseException) -> None:
     print("".join(report.format()), file=sys.stderr)
 
 
-def prepare(files: Files) -> tuple[bool, Any]:
+def prepare(files: Files, left: Callable[[], str]) -> tuple[bool, Any]:
     """Run ``prepare`` of a harness in this process, and say on the channel when it is done.
+
+    Args:
+        left: names what still runs that it has started; empty if there is nothing. Whatever runs on would see what
+            episodes write, and a thread is in none of the processes that are forked.
 
     Returns:
         Whether it came to its end, and what it returned: None where the harness has none. What went wrong is on stderr.
@@ -270,6 +274,8 @@ def prepare(files: Files) -> tuple[bool, Any]:
         sys.meta_path.insert(0, HarnessImporter(files))
         made = getattr(importlib.import_module("harness"), "prepare", None)
         prepared = made(opening["data"], Context(channel, files, opening["seed"])) if callable(made) else None
+        if running := left():
+            raise RuntimeError(f"prepare left {running} behind: end what it starts before it returns")
         sys.stdout.flush()
         sys.stderr.flush()
         channel.send({"op": "prepared"})

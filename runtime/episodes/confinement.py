@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
 from collections.abc import Sequence
 from typing import Any
 
-# User ids that no person and no service has (systemd's range for passing users), one for each running episode.
-FIRST_UID, UIDS = 61184, 4096
+# User ids, one for each running episode: far above those that are given to people and services one after the other, and
+# below the scorer's (``verifiers/privileges``) and those of programs (``verifiers/sandbox/plans``).
+FIRST_UID, UIDS = 57344, 3839
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 PACKAGES = "/packages"
 WORK, SHARED_MEMORY = "/tmp", "/dev/shm"  # noqa: S108
@@ -27,7 +29,6 @@ GUEST_DISK = 4
 
 # Since this version Landlock keeps signals in.
 _SIGNALS = 6
-_CAP_DAC_READ_SEARCH = 1 << 2
 RLIMITS = {
     "cpu_seconds": resource.RLIMIT_CPU,
     "file_bytes": resource.RLIMIT_FSIZE,
@@ -151,10 +152,26 @@ class Confinement:
             plan["read_only"] = [(source, source) for source in self._readable(given)]
             plan["listed"] = [*self._sight["listed"], *given["bases"]]
             plan["writable"] = (folder,)
-            if {seal.UID, seal.LANDLOCK} <= set(self._mechanisms):
-                # The interpreter may lie where only root looks. What is read is then up to Landlock alone.
-                plan["capabilities"] = _CAP_DAC_READ_SEARCH
+            if seal.LANDLOCK in self._mechanisms:
+                plan["capabilities"] = self._to_read(given)
         return plan
+
+    def _to_read(self, given: dict[str, Any]) -> int:
+        """The least of our capabilities with which what only root may look at can be read; none where nothing is such.
+
+        What is read and written is then up to Landlock alone. The root of a container often has the second only.
+        """
+        sources = (
+            sys.executable,
+            os.path.dirname(os.__file__),
+            self._folder,
+            *(source for source, _ in given["mounts"]),
+        )
+        if all(open_to_all(os.path.realpath(source)) for source in sources):
+            return 0
+        kernel = self._confine.kernel
+        ours = kernel.permitted_capabilities()
+        return next((c for c in (kernel.CAP_DAC_READ_SEARCH, kernel.CAP_DAC_OVERRIDE) if ours & c), 0)
 
     def _limits(self, limits: Limits) -> Limits:
         return {
@@ -163,6 +180,16 @@ class Confinement:
             "open_files": limits["open_files"],
             "address_space": limits["address_bytes"],
         }
+
+
+def open_to_all(path: str) -> bool:
+    """Whether any user may read a file or enter a folder, given by its real path."""
+    mode = 0o001 if os.path.isdir(path) else 0o004
+    while os.stat(path).st_mode & mode:
+        if path == "/":
+            return True
+        path, mode = os.path.dirname(path), 0o001
+    return False
 
 
 def _made(folder: str) -> str:

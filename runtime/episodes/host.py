@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -40,7 +41,7 @@ _LEAST = (("own root", "landlock"), ("network namespace", "seccomp"))
 PREPARED = b'{"op":"prepared"}'
 _CONFINE = Path(confine.__file__).parent
 _START_SECONDS = 60.0
-# An exit report is due within about a second of a kill; without one for this long, the zygote is stopped or stuck.
+# An exit report is due soon after a kill; without one for this long, the zygote is stopped, or what it killed lives on.
 _REPORT_SECONDS = 30.0
 _KILL_SECONDS = 10.0
 _WATCH_SECONDS = 0.5
@@ -191,8 +192,10 @@ class ZygoteHost:
 
     @property
     def seals_guests(self) -> bool:
-        """Whether the episodes of a guest can be sealed off from one another."""
-        return self.unsafe or {"landlock", "seccomp"} <= set(self.mechanisms)
+        """Whether the episodes of a guest can be sealed off from one another, and each ended with all its processes."""
+        here = set(self.mechanisms)
+        told = os.path.exists(f"/proc/self/task/{threading.get_native_id()}/children")
+        return self.unsafe or ({"landlock", "seccomp"} <= here and (told or "process namespace" in here))
 
     async def run(self, harness: Harness, opening: bytes, handler: Handler, limits: Limits) -> Outcome:
         """Run one episode; when this returns or raises, nothing of the episode is alive."""

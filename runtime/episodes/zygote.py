@@ -33,6 +33,7 @@ import selectors
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -45,8 +46,9 @@ WARM += " operator re statistics string textwrap"
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
-HELD_SECONDS = 1.0
 SWEEP_SECONDS = 0.02
+# How long what is over may take to be gone: what ``prepare`` has ended, and at the end of all what was killed.
+GONE_SECONDS = 3.0
 
 
 class Zygote:
@@ -65,7 +67,7 @@ class Zygote:
         self._running: dict[int, int] = {}
         self._cleaners: set[int] = set()
         self._ended: list[dict[str, Any]] = []
-        self._held_since: float | None = None
+        self._children: int | None = None
         self._foreign: set[int] = set()
         self._sweeps = 0
         self._closing = False
@@ -95,8 +97,7 @@ class Zygote:
             selector.register(wake, selectors.EVENT_READ)
             selector.register(self._control, selectors.EVENT_READ)
             while not self._closing and self._asked is None:
-                pending = self._ended or self._held_since is not None
-                for key, _ in selector.select(SWEEP_SECONDS if pending else None):
+                for key, _ in selector.select(SWEEP_SECONDS if self._ended else None):
                     if key.fileobj is wake:
                         with contextlib.suppress(BlockingIOError):
                             wake.recv(4096)
@@ -205,9 +206,16 @@ class Zygote:
             os.set_inheritable(self._child.CHANNEL, False)
             faulthandler.enable(2, all_threads=False)
             keep = [self._child.CHANNEL, self._control.fileno()]
+            tasks = None
+            if not self._confinement.fronted:
+                # It stays this process, and these can be read where /proc is closed to it.
+                tasks = self._look_at_own()
+                keep += [descriptor for descriptor in (tasks, self._children) if descriptor is not None]
             files, given = self._harnesses[message["digest"]]
             folder = self._confinement.enter(message["number"], message["limits"], given, keep, guest=True)
-            if not self._confinement.fronted:
+            if self._confinement.fronted:
+                tasks = self._look_at_own()
+            else:
                 self._prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
                 if os.getppid() != parent:
                     os._exit(1)
@@ -217,8 +225,10 @@ class Zygote:
         except BaseException:
             traceback.print_exc()
             os._exit(1)
-        done, self._prepared = self._child.prepare(files)
+        done, self._prepared = self._child.prepare(files, lambda: left_running(tasks))
         if not done:
+            # What it left would hold the channel open.
+            self._clear()
             os._exit(1)
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor in (1, 2, self._child.CHANNEL):
@@ -227,6 +237,14 @@ class Zygote:
         self._asked = None
         signal.signal(signal.SIGCHLD, lambda *_: None)
         gc.freeze()
+
+    def _look_at_own(self) -> int | None:
+        """Open what the kernel tells of this process: its children, and its threads, whose descriptor is returned."""
+        tasks = None
+        with contextlib.suppress(OSError):
+            tasks = descriptor_of("/proc/self/task")
+            self._children = descriptor_of(f"/proc/self/task/{os.getpid()}/children")
+        return tasks
 
     def _forget_signals(self) -> None:
         signal.set_wakeup_fd(-1)
@@ -251,13 +269,8 @@ class Zygote:
                 self._ended.append({"op": "exit", "number": self._running.pop(pid), "status": status})
 
     def _settle(self) -> None:
-        """Report what has ended, once its remnants are dead; at the latest after a second, then still sweeping."""
-        if not self._ended and self._held_since is None:
-            return
-        clean = self._sweep()
-        now = time.monotonic()
-        self._held_since = None if clean else self._held_since or now
-        if self._held_since is not None and now - self._held_since < HELD_SECONDS:
+        """Report what has ended, once its remnants are dead; where they do not die, the parent gives up waiting."""
+        if not self._ended or not self._sweep():
             return
         for report in self._ended:
             self._remove(self._confinement.private(report["number"]))
@@ -265,7 +278,20 @@ class Zygote:
         self._ended.clear()
 
     def _sweep(self) -> bool:
-        """Kill our children that are no running episode. True if there were none.
+        """Kill our children that are no running episode. True if there were none."""
+        try:
+            children = self._listed_children() if self._children is None else told_children(self._children)
+        except OSError:
+            # A guest in a process namespace that it cannot look into; all of it ends with the guest.
+            return True
+        remnants = children - self._running.keys() - self._cleaners
+        for pid in remnants:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        return not remnants
+
+    def _listed_children(self) -> set[int]:
+        """Our children but those that are known.
 
         A process that is not below us never comes below us, so its number is remembered while it is in use. Now and
         then all are forgotten, in case a number was given out again between two sweeps.
@@ -273,22 +299,16 @@ class Zygote:
         self._sweeps += 1
         if self._sweeps % 256 == 0:
             self._foreign.clear()
-        try:
-            present = {int(name) for name in os.listdir("/proc") if name.isdecimal()}
-        except OSError:
-            # A guest in a process namespace that it cannot look into; all of it ends with the guest.
-            return True
+        present = {int(name) for name in os.listdir("/proc") if name.isdecimal()}
         self._foreign &= present
-        clean = True
+        children = set()
         for pid in sorted(present - self._foreign - self._running.keys() - self._cleaners):
             parent = parent_of(pid)
             if parent == os.getpid():
-                clean = False
-                with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGKILL)
+                children.add(pid)
             elif parent == 0 or parent in self._foreign:
                 self._foreign.add(pid)
-        return clean
+        return children
 
     def _remove(self, folder: str) -> None:
         try:
@@ -312,11 +332,15 @@ class Zygote:
             kill_group(pid)
         self._running.clear()
         self._cleaners.clear()
-        deadline = time.monotonic() + HELD_SECONDS
-        while not self._sweep() and time.monotonic() < deadline:
-            self._reap()
+        self._clear()
         with contextlib.suppress(OSError):
             self._child.remove_tree(self._folder)
+
+    def _clear(self) -> None:
+        """Sweep until nothing is left, or for as long as what was killed may take to be gone."""
+        deadline = time.monotonic() + GONE_SECONDS
+        while not self._sweep() and time.monotonic() < deadline:
+            self._reap()
 
 
 def kill_group(pid: int) -> None:
@@ -324,6 +348,47 @@ def kill_group(pid: int) -> None:
     for kill in (os.killpg, os.kill):
         with contextlib.suppress(OSError):
             kill(pid, signal.SIGKILL)
+
+
+def descriptor_of(path: str) -> int:
+    """Open for reading, away from the numbers that a harness knows."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 16)
+    finally:
+        os.close(descriptor)
+
+
+def told_children(descriptor: int) -> set[int]:
+    """Children of a thread, by the kernel's list of them; those that are not waited for yet are among them."""
+    return {int(word) for word in os.pread(descriptor, 1 << 16, 0).split()}
+
+
+def left_running(tasks: int | None) -> str:
+    """What runs in and below this process besides its first thread, in words; empty once there is nothing.
+
+    Args:
+        tasks: descriptor of the folder of its threads; without, only those that Python has started are seen.
+    """
+    deadline = time.monotonic() + GONE_SECONDS
+    while True:
+        threads = threading.active_count()
+        if tasks is not None:
+            threads = max(threads, len(os.listdir(tasks)))
+        what = ["a process"] * has_children() + ["a thread"] * (threads > 1)
+        if not what or time.monotonic() > deadline:
+            return " and ".join(what)
+        time.sleep(SWEEP_SECONDS)
+
+
+def has_children() -> bool:
+    """Whether a child of ours is alive; those that are over are waited for."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return False
+    return True
 
 
 def parent_of(pid: int) -> int | None:
@@ -361,7 +426,10 @@ def main() -> None:
     child = load("bascule_harness", f"{here}/child.py")
     load("bascule_confine", settings["confine"])
     confine = SimpleNamespace(
-        **{name: importlib.import_module(f"bascule_confine.{name}") for name in ("seal", "landlock", "syscalls")}
+        **{
+            name: importlib.import_module(f"bascule_confine.{name}")
+            for name in ("seal", "landlock", "syscalls", "kernel")
+        }
     )
     available = importlib.import_module("bascule_confine.available")
     found: dict[str, Any] = {"mechanisms": [], "missing": [], "landlock": 0}

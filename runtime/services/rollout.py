@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from bascule.plugins.engine import Engine
-from bascule.plugins.task import Tool
 from bascule.runtime.episodes.allowed import refusal
 from bascule.runtime.episodes.batch import Batch, batch_of
-from bascule.runtime.episodes.broker import EpisodeSpec, run_episode
+from bascule.runtime.episodes.broker import EpisodeSpec, MakeTools, run_episode
 from bascule.runtime.episodes.pool import HarnessPool
 from bascule.runtime.services.inference import load_adapter, made_engine, served_name, start_engine
 from bascule.runtime.services.probing import probed
@@ -49,7 +48,7 @@ def decide(state: RunState, event: Recorded, world: World) -> list[Draft]:
 class Episodes(Protocol):
     """What runs episodes: harnesses that ask an engine."""
 
-    async def __call__(self, spec: EpisodeSpec, engine: Engine, tools: Mapping[str, Tool]) -> Trajectory:
+    async def __call__(self, spec: EpisodeSpec, engine: Engine, tools: MakeTools) -> Trajectory:
         """Run one episode."""
         ...
 
@@ -66,7 +65,7 @@ class HarnessEpisodes:
         self._world = world
         self._pool = pool
 
-    async def __call__(self, spec: EpisodeSpec, engine: Engine, tools: Mapping[str, Tool]) -> Trajectory:
+    async def __call__(self, spec: EpisodeSpec, engine: Engine, tools: MakeTools) -> Trajectory:
         refused = refusal(spec.harness.manifest, self._world.public)
         if refused is not None:
             return Trajectory(error=EpisodeError(kind="crash", message=refused))
@@ -249,7 +248,7 @@ class Rollout:
         )
         view.logger.info("episode.started", trajectory=name)
         started = view.clock()
-        trajectory = view.redaction.value(await episodes(spec, engine, view.world.task.tools(example)))
+        trajectory = view.redaction.value(await episodes(spec, engine, partial(view.world.task.tools, example)))
         if trajectory.error is not None and trajectory.error.kind == "engine":
             # Not the policy's failure, so no trajectory: the service stops, and the episode runs after a resume.
             raise EngineError(f"The engine could not answer {name}: {trajectory.error.message}")

@@ -154,7 +154,7 @@ class Workbench:
             adapter=served_name(self._view.run, adapter) if adapter else None,
             batch=batch,
         )
-        trajectory = self._view.redaction.value(await episodes(spec, self._engine, world.task.tools(example)))
+        trajectory = self._view.redaction.value(await episodes(spec, self._engine, partial(world.task.tools, example)))
         if trajectory.error is not None and trajectory.error.kind == "engine":
             # Not the harness's failure: the service stops, and the trial is made again after a resume.
             raise EngineError(f"The engine could not answer {spec.trajectory}: {trajectory.error.message}")

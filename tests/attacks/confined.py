@@ -219,7 +219,7 @@ async def as_harness(name: str, things: Planted) -> tuple[Ended, dict[str, Any]]
         seed=1,
     )
     try:
-        trajectory = await run_episode(spec, ConstantEngine("7"), pool, {})
+        trajectory = await run_episode(spec, ConstantEngine("7"), pool, dict)
         # Whatever they are called: what runs below the zygote is the episode's.
         left = await _left()
         if trajectory.error is not None:

@@ -226,7 +226,7 @@ async def _answered_again(folder: Path) -> list[Outcome]:
         seed=1,
     )
     try:
-        trajectory = await run_episode(spec, ConstantEngine("7"), pool, {})
+        trajectory = await run_episode(spec, ConstantEngine("7"), pool, dict)
     finally:
         await pool.close()
     alone = trajectory.answer == "A" and not trajectory.steps and trajectory.error is None

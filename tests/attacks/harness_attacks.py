@@ -154,7 +154,7 @@ async def episode(
         seed=1,
         batch=batch,
     )
-    return await run_episode(spec, ConstantEngine("7"), pool, {})
+    return await run_episode(spec, ConstantEngine("7"), pool, dict)
 
 
 def _mean(verdicts: list[Verdict]) -> float:

@@ -12,10 +12,11 @@ from bascule.verifiers.sandbox.layered import LayeredSandbox
 from tests.attacks.attack import Attack, Outcome, line_of, text_of
 from tests.attacks.planted import cache
 
-#: By denoiser: the task's parameters and the example. On simulated counts no gene is common enough to pay.
+#: By denoiser: the task's parameters and the example. On simulated counts no gene is common enough to pay, nor is MAGIC
+#: always a gain.
 DENOISERS: dict[str, tuple[dict[str, Any], str]] = {
     "zeros": ({"data": "simulated"}, "tissue-7"),
-    "thousandth": ({"data": "simulated"}, "tissue-7"),
+    "thousandth": ({"split_seed": 0}, "immune-published"),
     "dump_gene": ({"split_seed": 0}, "immune-published"),
 }
 

@@ -18,6 +18,7 @@ from bascule.schemas.harness import Harness, make_harness
 from bascule.schemas.trajectory import Sampling, Trajectory
 from tests.episodes.seen import episodes, zygotes
 from tests.episodes.test_broker import CannedEngine
+from tests.episodes.test_pool import DAEMON, until, within
 
 BATCH = Batch(key="g00-dev", data=({"id": "a", "input": {"q": "1"}, "answer": "one"},), seed=5)
 COUNTING = (
@@ -50,13 +51,21 @@ async def play(pool: HarnessPool, harness: Harness, batch: Batch = BATCH, **opti
     spec = EpisodeSpec(
         trajectory="g00-dev-0001-n0", harness=harness, example={"q": "?"}, sampling=Sampling(), seed=1, batch=batch
     )
-    return await run_episode(spec, CannedEngine(), pool, options.get("tools", {}))
+    return await run_episode(spec, CannedEngine(), pool, lambda: options.get("tools", {}))
 
 
 async def answers(pool: HarnessPool, harness: Harness, n: int, batch: Batch = BATCH) -> list[str]:
     played = await asyncio.gather(*(play(pool, harness, batch) for _ in range(n)))
     assert [t.error for t in played] == [None] * n
     return [t.answer or "" for t in played]
+
+
+async def begins(event: asyncio.Event, episode: asyncio.Task[Trajectory]) -> None:
+    """Wait until an episode has come to where it sets an event; it goes on after that."""
+    waiting = asyncio.create_task(event.wait())
+    done, _ = await asyncio.wait((waiting, episode), timeout=60, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    assert waiting in done, episode.result() if episode in done else "the event did not come"
 
 
 @BOTH
@@ -96,7 +105,7 @@ async def test_episodes_of_a_batch_cannot_reach_one_another(pool: HarnessPool) -
     async def wait(arguments: dict[str, Any]) -> str:
         place.append(str(arguments["where"]))
         meet.set()
-        await leave.wait()
+        await within(leave.wait())
         return "unharmed"
 
     body = """
@@ -139,13 +148,64 @@ def prepare(data, context):
 
     first = EpisodeSpec(trajectory="a", harness=code, example={}, sampling=Sampling(), seed=1, batch=BATCH)
     second = EpisodeSpec(trajectory="b", harness=code, example={}, sampling=Sampling(), seed=2, batch=BATCH)
-    waiting = asyncio.create_task(run_episode(first, CannedEngine(), pool, {"wait": wait}))
-    async with asyncio.timeout(60):
-        await meet.wait()
-    found = await run_episode(second, CannedEngine(), pool, {"where": where})
+    waiting = asyncio.create_task(run_episode(first, CannedEngine(), pool, lambda: {"wait": wait}))
+    await begins(meet, waiting)
+    found = await run_episode(second, CannedEngine(), pool, lambda: {"where": where})
     leave.set()
     assert (found.answer, found.error) == (repr(("kept", [])), None)
-    assert (await waiting).answer == "unharmed"
+    assert (await within(waiting)).answer == "unharmed"
+
+
+@BOTH
+@pytest.mark.parametrize("end", ["return 'done'", "os._exit(1)"])
+async def test_a_daemon_of_an_episode_is_gone_with_it_and_the_batch_goes_on(pool: HarnessPool, end: str) -> None:
+    code = solving(f"if example['q'] == 'x':\n    return 'begun'\ngrandchild()\n{end}", f"{DAEMON}\n{COUNTING}")
+    begun = EpisodeSpec(
+        trajectory="g00-dev-0000-n0", harness=code, example={"q": "x"}, sampling=Sampling(), seed=1, batch=BATCH
+    )
+    assert (await run_episode(begun, CannedEngine(), pool, dict)).answer == "begun"
+    there = episodes()
+    for _ in range(3):
+        left = await play(pool, code)
+        assert (left.error is None) == end.startswith("return")
+    await until(lambda: episodes() == there)
+    assert (await run_episode(begun, CannedEngine(), pool, dict)).answer == "begun"
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("prepare", "what"),
+    [
+        ("threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()", "a thread"),
+        ("if not os.fork():\n        time.sleep(1000)", "a process"),
+    ],
+)
+async def test_what_prepare_leaves_running_is_refused(pool: HarnessPool, prepare: str, what: str) -> None:
+    before = f"import os, threading, time\ndef prepare(data, context):\n    {prepare}\n"
+    trajectory = await play(pool, solving("return 'x'", before))
+    assert trajectory.error is not None
+    assert trajectory.error.kind == "crash"
+    assert f"prepare left {what} behind" in trajectory.error.message
+
+
+@BOTH
+async def test_what_prepare_has_ended_is_not_left_running_and_a_numerical_library_is_no_thread(
+    pool: HarnessPool,
+) -> None:
+    before = """
+import os, threading
+import numpy
+def prepare(data, context):
+    threads = [threading.Thread(target=numpy.linalg.inv, args=(numpy.eye(64),)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if not os.fork():
+        os._exit(0)
+    return str((numpy.eye(300) @ numpy.eye(300)).sum())
+"""
+    assert await answers(pool, solving("return context.prepared", before, packages=["numpy"]), 2) == ["300.0"] * 2
 
 
 @pytest.mark.parametrize(
@@ -220,12 +280,12 @@ def prepare(data, context):
 
     async def wait(_: dict[str, Any]) -> str:
         begun.set()
-        await gate.wait()
+        await within(gate.wait())
         return "unharmed"
 
     pool = HarnessPool()
     other = asyncio.create_task(play(pool, good, tools={"wait": wait}))
-    await begun.wait()
+    await begins(begun, other)
     bad = solving("return 'x'", before)
     played = [await play(pool, bad, Batch(key="tampered")) for _ in range(3)]
     assert {t.error.kind for t in played if t.error} <= {"crash", "protocol"}
@@ -233,7 +293,7 @@ def prepare(data, context):
     assert said in played[-1].error.message
     assert len(played[-1].error.message) < 3000
     gate.set()
-    assert (await other).answer == "unharmed"
+    assert (await within(other)).answer == "unharmed"
     await pool.close()
     assert not zygotes()
 
@@ -289,16 +349,16 @@ async def test_a_batch_in_use_is_retired_after_its_last_episode(pool: HarnessPoo
 
     async def wait(_: dict[str, Any]) -> str:
         begun.set()
-        await gate.wait()
+        await within(gate.wait())
         return "done"
 
     running = asyncio.create_task(
         play(pool, solving("return tools.call('wait')", tools=["wait"]), tools={"wait": wait})
     )
-    await begun.wait()
+    await begins(begun, running)
     assert episodes()
     await pool.retire(BATCH.key)
     gate.set()
-    assert (await running).answer == "done"
+    assert (await within(running)).answer == "done"
     await pool.close()
     assert not zygotes()

@@ -98,7 +98,7 @@ class Bench:
         self.engine = engine
 
     async def __call__(self, body: str, *, tools: dict[str, Tool] | None = None, **options: Any) -> Trajectory:
-        return await run_episode(make_spec(body, **options), self.engine, self.pool, tools or {})
+        return await run_episode(make_spec(body, **options), self.engine, self.pool, lambda: tools or {})
 
     async def kind(self, body: str, **options: Any) -> str:
         trajectory = await self(body, **options)
@@ -332,6 +332,28 @@ async def test_an_episode_that_was_lost_with_its_zygote_is_played_again(pool: Ha
     assert [request.call for request in bench.engine.requests] == [0, 0]
 
 
+async def test_tools_of_an_episode_that_is_played_again_begin_anew(pool: HarnessPool) -> None:
+    calls: list[int] = []
+
+    def make() -> dict[str, Tool]:
+        own: list[int] = []
+
+        async def step(_: dict[str, Any]) -> str:
+            own.append(1)
+            calls.append(len(own))
+            if len(calls) == 2:
+                (zygote,) = zygotes()
+                os.kill(zygote, signal.SIGKILL)
+            return str(len(own))
+
+        return {"step": step}
+
+    spec = make_spec("tools.call('step')\nreturn tools.call('step')", manifest={"tools": ["step"]})
+    trajectory = await run_episode(spec, CannedEngine(), pool, make)
+    assert (trajectory.answer, trajectory.error) == ("2", None)
+    assert calls == [1, 2, 1, 2]
+
+
 BAD = {
     "raise ValueError('no')": "crash",
     "os._exit(3)": "crash",
@@ -361,7 +383,7 @@ async def test_bad_episodes_cost_themselves_and_not_the_good_ones(bench: Bench) 
     async def bad(body: str) -> Trajectory:
         spec = make_spec(body, manifest=brief)
         harness = Harness(files={**spec.harness.files, **broken}, digest=spec.harness.digest)
-        return await run_episode(msgspec.structs.replace(spec, harness=harness), bench.engine, bench.pool, {})
+        return await run_episode(msgspec.structs.replace(spec, harness=harness), bench.engine, bench.pool, dict)
 
     good = [bench(GOOD, seed=number) for number in range(50)]
     results = await asyncio.gather(*good, *(bad(body) for body in BAD))

@@ -70,7 +70,7 @@ async def play(pool: HarnessPool, body: str, engine: Echo, seen: list[dict[str, 
         "system_prompt.md": "",
     }
     spec = EpisodeSpec(trajectory="t", harness=make_harness(files), example={}, sampling=Sampling(), seed=1)
-    return await run_episode(spec, engine, pool, {"lookup": lookup}, REDACTION)
+    return await run_episode(spec, engine, pool, lambda: {"lookup": lookup}, REDACTION)
 
 
 async def test_the_engine_is_asked_and_the_harness_is_told_what_is_recorded(pool: HarnessPool) -> None:

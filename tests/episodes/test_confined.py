@@ -9,17 +9,22 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from bascule.runtime.episodes import host
+from bascule.runtime.episodes import confinement, host
 from bascule.runtime.episodes.episode import Limits
 from bascule.runtime.episodes.host import EpisodeProcessError
 from bascule.runtime.episodes.pool import HarnessPool
 from bascule.schemas.harness import Harness, make_harness
+from bascule.verifiers.privileges import SCORING_UID
+from bascule.verifiers.sandbox import plans
+from bascule.verifiers.sandbox.confine import seal
+from bascule.verifiers.sandbox.layered import mechanisms_here
 from tests import ordinary_user
 from tests.episodes.test_pool import PATIENT, Heard, play
 
@@ -150,6 +155,11 @@ async def tried(pool: HarnessPool, given: dict[str, object]) -> set[str]:
 @pytest.mark.parametrize("without", [(), ("namespaces",), ("landlock",)], ids=["all", "no-namespaces", "no-landlock"])
 async def test_nothing_of_ours_can_be_reached(given: dict[str, object], without: tuple[str, ...]) -> None:
     pool = HarnessPool(without=without)
+    here = mechanisms_here(without)
+    if not (here.own_root or seal.LANDLOCK in here) or not (seal.NETWORK in here or seal.SECCOMP in here):
+        with pytest.raises(EpisodeProcessError, match="cannot be confined"):
+            await pool.start()
+        return
     await pool.start()
     assert await tried(pool, given) == set()
 
@@ -224,6 +234,14 @@ async def test_a_machine_that_offers_no_confinement_is_refused_unless_it_is_aske
     assert heard.answer == "why"
 
 
+def test_user_ids_of_episodes_programs_and_the_scorer_are_different_ones() -> None:
+    episodes = range(confinement.FIRST_UID, confinement.FIRST_UID + confinement.UIDS)
+    programs = range(plans.FIRST_UID, plans.FIRST_UID + plans.UIDS)
+    kinds = [set(episodes), set(programs), {SCORING_UID}, {ordinary_user.UID}]
+    assert len(set().union(*kinds)) == sum(map(len, kinds))
+    assert all(0 < uid < 65534 for uid in episodes)
+
+
 async def test_what_confines_is_told() -> None:
     zygote = await host.ZygoteHost.spawn()
     await zygote.close()
@@ -239,4 +257,24 @@ def test_all_of_it_holds_for_an_ordinary_user() -> None:
             [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, *files],
             home=home,
         )
+    assert ran.returncode == 0, ran.stdout[-6000:]
+
+
+def test_it_holds_for_the_root_of_a_container_which_may_not_mount_and_reads_by_override() -> None:
+    """Without CAP_SYS_ADMIN (21) and CAP_DAC_READ_SEARCH (2); who has none of them anyway has none to drop."""
+    program = """
+import os, sys
+from bascule.verifiers.sandbox.confine import kernel
+for capability in (21, 2):
+    if os.geteuid() == 0:
+        kernel.prctl(24, capability)  # PR_CAPBSET_DROP
+os.execv(sys.executable, [sys.executable, "-m", "pytest", *sys.argv[1:]])
+"""
+    chosen = "packages or reached or finds_nothing"
+    arguments = ["-q", "-x", "-p", "no:cacheprovider", "-k", chosen, "tests/episodes/test_confined.py"]
+    ran = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=ordinary_user.ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, timeout=1800, check=False,
+    )  # fmt: skip
     assert ran.returncode == 0, ran.stdout[-6000:]

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from bascule.runtime.episodes.pool import HarnessPool
 from bascule.schemas.harness import Harness, make_harness
 from tests.episodes.seen import alive, episodes, folder_of, is_zygote, zygotes
 
-QUICK = Limits(seconds=2.0, output_bytes=64 * 1024)
 PATIENT = Limits(seconds=30.0)
 GOOD = "def solve(example, model, tools, context):\n    return example['q'] + '!'\n"
 # A process that has left its parent, its group and its session; `grandchild()` returns its number.
@@ -95,6 +94,20 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
+async def noted(heard: Heard, running: asyncio.Task[Any]) -> None:
+    """Wait for the first note of an episode that goes on after it."""
+    waiting = asyncio.create_task(heard.noted.wait())
+    done, _ = await asyncio.wait((waiting, running), timeout=60, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    assert waiting in done, running.result() if running in done else "nothing was noted"
+
+
+async def within(awaited: Awaitable[Any]) -> Any:
+    """What must not be waited for without an end."""
+    async with asyncio.timeout(60):
+        return await awaited
+
+
 @pytest.fixture
 async def pool(request: pytest.FixtureRequest) -> AsyncIterator[HarnessPool]:
     pool = HarnessPool(without=getattr(request, "param", ()))
@@ -112,7 +125,7 @@ async def test_an_answer_comes_back_from_a_process_of_its_own(pool: HarnessPool)
     assert (outcome.ending, outcome.exit_code, heard.answer) in (("stopped", 0, "why!"), ("stopped", -9, "why!"))
     _, heard = await play(pool, solving("return str(os.getpid())"))
     assert int(heard.answer) != os.getpid()
-    assert not episodes()
+    await until(lambda: not episodes())
 
 
 async def test_modules_of_the_harness_are_imported_and_come_before_the_standard_library(pool: HarnessPool) -> None:
@@ -232,7 +245,7 @@ return tools.call('wait')
 
     _, heard = await play(pool, solving(body), heard=Heard(tool))
     assert heard.answer == "done"
-    assert not episodes()
+    await until(lambda: not episodes())
 
 
 @BOTH
@@ -241,7 +254,7 @@ async def test_a_daemon_is_gone_with_its_episode_and_nobody_else_is(pool: Harnes
     meeting = asyncio.Event()
 
     async def tool() -> str:
-        await meeting.wait()
+        await within(meeting.wait())
         return "unharmed"
 
     # An episode with a daemon of its own, which it still needs when the other one is swept.
@@ -259,13 +272,15 @@ os.close(answer)
 return os.read(answered, 100).decode()
 """
     bystander = asyncio.create_task(play(pool, solving(body), heard=(watched := Heard(tool))))
-    await watched.noted.wait()
+    await noted(watched, bystander)
     before = episodes()
-    _, heard = await play(pool, solving(f"context.note(grandchild())\n{end}"), QUICK)
+    # Where it is to end at its limit, that must leave time for the note.
+    limits = Limits(seconds=5.0) if end.startswith("while") else PATIENT
+    _, heard = await play(pool, solving(f"context.note(grandchild())\n{end}"), limits)
     assert heard.notes
-    assert episodes() == before
+    await until(lambda: episodes() == before)
     meeting.set()
-    assert (await bystander)[1].answer == "UNHARMED"
+    assert (await within(bystander))[1].answer == "UNHARMED"
 
 
 async def test_the_environment_holds_nothing_of_ours(pool: HarnessPool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +344,7 @@ return tools.call('wait')
     limits = Limits(seconds=0.1, overall_seconds=20)
     heard = Heard(tool)
     running = asyncio.create_task(play(pool, solving(f"context.note('on')\n{body.strip()}"), limits, heard))
-    await heard.noted.wait()
+    await noted(heard, running)
     await until(lambda: not episodes())
     running.cancel()
     with contextlib.suppress(asyncio.CancelledError):
@@ -388,12 +403,12 @@ async def test_a_cancelled_episode_leaves_nothing(pool: HarnessPool) -> None:
     running = asyncio.create_task(
         play(pool, solving("context.note(grandchild())\ntime.sleep(1000)"), heard=(heard := Heard()))
     )
-    await heard.noted.wait()
+    await noted(heard, running)
     assert episodes()
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
-    assert not episodes()
+    await until(lambda: not episodes())
 
 
 async def test_more_harnesses_than_the_zygote_keeps(pool: HarnessPool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,11 +429,11 @@ async def test_the_set_order_and_the_seed_of_a_harness_are_the_same_in_every_zyg
 async def test_when_the_zygote_is_killed_its_episodes_are_lost_and_the_next_ones_work(pool: HarnessPool) -> None:
     heard = Heard()
     running = asyncio.create_task(play(pool, solving("context.note(grandchild())\ntime.sleep(1000)"), heard=heard))
-    await heard.noted.wait()
+    await noted(heard, running)
     there = episodes()
     (zygote,) = zygotes()
     os.kill(zygote, signal.SIGKILL)
-    outcome, _ = await running
+    outcome, _ = await within(running)
     assert outcome.ending == "lost"
     assert (await play(pool, harness(GOOD)))[1].answer == "why!"
     await pool.close()
@@ -466,12 +481,12 @@ async def test_what_befalls_the_zygote_of_an_episode_alone_befalls_no_other(pool
     gate = asyncio.Event()
 
     async def wait() -> str:
-        await gate.wait()
+        await within(gate.wait())
         return "still here"
 
     first = Heard(wait)
     other = asyncio.create_task(play(pool, solving("context.note('in')\nreturn tools.call('wait')"), heard=first))
-    await first.noted.wait()
+    await noted(first, other)
     shared = zygotes()
 
     async def kill() -> str:
@@ -482,7 +497,7 @@ async def test_what_befalls_the_zygote_of_an_episode_alone_befalls_no_other(pool
     outcome, _ = await play(pool, solving("tools.call('wait')\ntime.sleep(1000)"), heard=Heard(kill), alone=True)
     assert outcome.ending == "lost"
     gate.set()
-    assert (await other)[1].answer == "still here"
+    assert (await within(other))[1].answer == "still here"
 
 
 async def test_a_pool_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -503,11 +518,11 @@ async def test_what_fails_before_the_harness_runs_is_not_its_failure(pool: Harne
 async def test_a_closed_pool_ends_what_runs_and_takes_nothing_more(pool: HarnessPool) -> None:
     heard = Heard()
     running = asyncio.create_task(play(pool, solving("context.note(os.getpid())\ntime.sleep(1000)"), heard=heard))
-    await heard.noted.wait()
-    await pool.close()
-    assert (await running)[0].ending == "lost"
-    assert not episodes()
-    assert not zygotes()
+    await noted(heard, running)
+    await within(pool.close())
+    assert (await within(running))[0].ending == "lost"
+    await until(lambda: not episodes())
+    await until(lambda: not zygotes())
     with pytest.raises(EpisodeProcessError, match="closed"):
         await play(pool, harness(GOOD))
     await pool.start()
@@ -536,7 +551,12 @@ asyncio.run(main())
 """
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as runtime:
         assert runtime.stdout is not None
-        said = [int(word) for word in (await asyncio.to_thread(runtime.stdout.readline)).split()]
+        try:
+            line = await within(asyncio.to_thread(runtime.stdout.readline))
+        except TimeoutError:
+            runtime.kill()  # it ends the thread that reads
+            raise
+        said = [int(word) for word in line.split()]
         assert len(said) >= 3
         assert all(alive(pid) for pid in said)
         folder = folder_of(next(filter(is_zygote, said)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -59,8 +60,22 @@ async def test_a_baseline_is_computed_once_for_what_it_depends_on(
     assert remembered_baselines(world(counter, sealed=9), ("sealed",)) is None
     assert remembered_baselines(world(counter), ("dev",)) is None
     assert remembered_baselines(world(counter.with_name("other")), ("sealed",)) is None, "other parameters"
-    monkeypatch.setattr(baselines, "code_hash", lambda: "changed")
-    assert remembered_baselines(world(counter), ("sealed",)) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(baselines, "code_hash", lambda: "changed")
+        assert remembered_baselines(world(counter), ("sealed",)) is None
+    for library in ("scikit-learn", "torch"):
+        other = {**baselines.installed(), library: "99"}
+        with monkeypatch.context() as patch:
+            patch.setattr(baselines, "version", other.__getitem__)
+            assert remembered_baselines(world(counter), ("sealed",)) is None, f"another {library}"
+    assert remembered_baselines(world(counter), ("sealed",)) == found
+
+
+def test_the_libraries_that_a_baseline_may_compute_with_are_known_by_version() -> None:
+    found = baselines.installed(("pytest", "no-such-distribution"))
+    assert found["numpy"] == version("numpy")
+    assert found["pytest"] == version("pytest")
+    assert found["no-such-distribution"] == ""
 
 
 async def test_what_has_no_verdict_is_said_and_not_taken_for_the_last_word(counter: Path) -> None:

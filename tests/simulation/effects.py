@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from functools import cache
 from typing import Any
 
 from bascule.plugins.engine import Engine
 from bascule.plugins.loader import Plugins
 from bascule.plugins.policy import Call, CallModel, Performed
-from bascule.runtime.episodes.broker import EpisodeSpec
+from bascule.runtime.episodes.broker import EpisodeSpec, MakeTools
 from bascule.runtime.runner import Service
 from bascule.runtime.services import calls, feedback, meta, rollout, trainer, verifier
 from bascule.runtime.state import RunState
@@ -46,7 +46,7 @@ def _state() -> RunState:
 
 @contextlib.asynccontextmanager
 async def _episodes(config: Any) -> AsyncIterator[rollout.Episodes]:
-    async def episode(spec: EpisodeSpec, engine: Engine, tools: Mapping[str, Any]) -> Trajectory:
+    async def episode(spec: EpisodeSpec, engine: Engine, tools: MakeTools) -> Trajectory:
         name, position, sample = spec.trajectory.rsplit("-", 2)
         key = int(position), int(sample[1:])
         evaluation = _state().evaluations[name]

@@ -90,6 +90,11 @@ class Doubling:
                         return Scored(reward=float(running.wait().ending == "timeout"))
             case "kill the server" if not known:
                 programs.run(python(b"import time; time.sleep(3600)", seconds=3000))
+            case "speak on":
+                with programs.start(python(b"print(end='x', flush=True); input()", seconds=3000)) as running:
+                    running.read(1)
+                    (self.folder / "spoken").touch()
+                    running.read(1)
             case "cut" | "raises":
                 programs._channel.shutdown(socket.SHUT_RDWR)
                 programs.run(python(DOUBLING))

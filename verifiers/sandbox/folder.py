@@ -6,8 +6,10 @@ What the program left is hostile: no link is followed, nothing but plain files i
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
@@ -92,20 +94,32 @@ def take(folder: int, names: Iterable[str], most: int) -> dict[str, bytes]:
     return found
 
 
-def used(path: str) -> int:
-    """Bytes that a tree occupies; what vanishes meanwhile counts no more."""
-    total = 0
+def used(path: str, most: int) -> int:
+    """Bytes that a tree occupies; what vanishes meanwhile counts no more.
+
+    Args:
+        most: files and folders that there may be. A tree with more, or one so deep that its paths are too long for the
+            kernel, is not looked through: it occupies ``sys.maxsize``.
+    """
+    total = entries_seen = 0
     waiting = [path]
     while waiting:
         try:
             with os.scandir(waiting.pop()) as entries:
                 for entry in entries:
-                    with contextlib.suppress(OSError):
+                    entries_seen += 1
+                    if entries_seen > most:
+                        return sys.maxsize
+                    try:
                         total += entry.stat(follow_symlinks=False).st_blocks * 512
                         if entry.is_dir(follow_symlinks=False):
                             waiting.append(entry.path)
-        except OSError:
-            continue
+                    except OSError as e:
+                        if e.errno == errno.ENAMETOOLONG:
+                            return sys.maxsize
+        except OSError as e:
+            if e.errno == errno.ENAMETOOLONG:
+                return sys.maxsize
     return total
 
 

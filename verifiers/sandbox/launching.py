@@ -7,7 +7,6 @@ import functools
 import marshal
 import os
 import secrets
-import shutil
 import socket
 import subprocess
 import tempfile
@@ -20,6 +19,7 @@ import msgspec
 
 from bascule.plugins.sandbox import Program, Ran
 from bascule.verifiers.sandbox import folder, plans, processes
+from bascule.verifiers.sandbox.confine.removal import remove_tree
 from bascule.verifiers.sandbox.packages import Mount, executable
 from bascule.verifiers.sandbox.watched import Started
 
@@ -67,7 +67,7 @@ def launch(
     box: Path | None,
     owner: int | None,
     environment: Mapping[str, str],
-    release: Callable[[], None],
+    release: Callable[[], object],
 ) -> Started:
     """Start a program, confined as the plan says.
 
@@ -133,7 +133,11 @@ def launch(
         lifeline=lifeline,
         folder=descriptors[0],
         ours=ours,
-        used=(lambda: folder.used(str(box))) if box is not None else (lambda: _used_of_file_system(descriptors[0])),
+        used=(
+            functools.partial(folder.used, str(box), plans.inodes(program.disk_mb))
+            if box is not None
+            else functools.partial(_used_of_file_system, descriptors[0])
+        ),
         disk=program.disk_mb << 20,
         release=release,
     )
@@ -198,7 +202,7 @@ def make_box(owner: int | None, packages: tuple[Mount, ...] = ()) -> Path:
             link.parent.mkdir(0o755, parents=True, exist_ok=True)
             link.symlink_to(source)
     except OSError:
-        shutil.rmtree(base, ignore_errors=True)
+        remove_tree(str(base))
         raise
     return base
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from bascule.plugins.sandbox import Program, Ran, Running
 from bascule.schemas.errors import BasculeError, ConfigError
 from bascule.verifiers.sandbox import launching, plans, processes
 from bascule.verifiers.sandbox.confine import kernel, seal
+from bascule.verifiers.sandbox.confine.removal import remove_tree
 from bascule.verifiers.sandbox.packages import Mount, Sight, distributions, executable, interpreter
 from bascule.verifiers.sandbox.plans import Mechanisms
 from bascule.verifiers.sandbox.watched import Refused, Started, Watched
@@ -150,7 +150,7 @@ def _release(uid: int, box: Path | None, root: bool) -> None:
     if root:
         launching.give_uid(uid)
     if box is not None:
-        shutil.rmtree(box, ignore_errors=True)
+        remove_tree(str(box))
 
 
 def _to_read_all() -> int:

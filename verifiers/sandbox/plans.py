@@ -70,6 +70,11 @@ def limits(
     return bounds
 
 
+def inodes(disk_mb: int) -> int:
+    """Files and folders that a program may have, the empty ones too."""
+    return 1024 + 256 * disk_mb
+
+
 def plan(
     mechanisms: Mechanisms,
     sight: Sight,
@@ -84,7 +89,6 @@ def plan(
     forks: bool = True,
     core: int | None = None,
     cuda: Iterable[str] = (),
-    writable: Iterable[str] = (),
 ) -> dict[str, Any]:
     """A plan, without ``arguments`` and ``environment``.
 
@@ -99,9 +103,8 @@ def plan(
             root may look.
         core: to stay on.
         cuda: device files and folders of CUDA.
-        writable: further folders that may be written.
     """
-    packages, cuda, writable = tuple(packages), tuple(cuda), tuple(writable)
+    packages, cuda = tuple(packages), tuple(cuda)
     made: dict[str, Any] = {
         "mechanisms": list(mechanisms.mechanisms),
         "uid": uid,
@@ -117,8 +120,7 @@ def plan(
         made |= {
             "read_only": [*sight.read_only, *packages],
             "masked": list(sight.masked),
-            "scratch": {"bytes": disk_mb * _MIB, "inodes": 1024 + 256 * disk_mb, "folders": list(SCRATCH)},
-            "writable": list(writable),
+            "scratch": {"bytes": disk_mb * _MIB, "inodes": inodes(disk_mb), "folders": list(SCRATCH)},
             "folder": WORK,
         }
     else:
@@ -129,7 +131,7 @@ def plan(
         made |= {
             "read_only": [(source, source) for source in sources],
             "listed": list(listed),
-            "writable": [box.work, box.temporary, *writable],
+            "writable": [box.work, box.temporary],
             "folder": box.work,
         }
     if not root and seal.PROCESSES not in mechanisms and mechanisms.landlock < 6:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -50,7 +49,7 @@ _LAYER: dict[str, Layer] = {
     "signal-other": "processes",
     "trace-other": "processes",
     "see-processes": "processes",
-    "fork-64": "processes",
+    "fork-many": "processes",
     "fork-where-forbidden": "processes",
     "outlive": "processes",
     "become-root": "privileges",
@@ -78,6 +77,10 @@ _OTHERWISE = {
     "signal-other": (seal.PROCESSES, seal.UID, seal.LANDLOCK, seal.SECCOMP),
 }
 _OF_LIMITS = {"EAGAIN": "limits", "MemoryError": "limits", "ENOSPC": "limits", "EFBIG": "limits"}
+
+
+# By what matters of a sandbox: its mechanisms, whether it is none, and whose programs they are.
+_reports: dict[tuple[Mechanisms, bool, int], SandboxReport] = {}
 
 
 class Sandbox(Programs, Protocol):
@@ -135,25 +138,14 @@ def require(report: SandboxReport, config: SandboxConfig) -> None:
 
 def probe(sandbox: Sandbox) -> SandboxReport:
     """Try all canaries, once per process for each kind of sandbox."""
-    return _probed(sandbox.mechanisms, isinstance(sandbox, UnsafeSandbox), os.getuid(), _Same(sandbox))
+    kind = (sandbox.mechanisms, isinstance(sandbox, UnsafeSandbox), os.getuid())
+    if kind not in _reports:
+        _reports[kind] = _probed(sandbox, *kind)
+    return _reports[kind]
 
 
-class _Same:
-    """Carries a sandbox past a cache whose other keys say all that matters of it."""
-
-    def __init__(self, sandbox: Sandbox) -> None:
-        self.sandbox = sandbox
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same)
-
-    def __hash__(self) -> int:
-        return 0
-
-
-@functools.cache
-def _probed(mechanisms: Mechanisms, unsafe: bool, uid: int, carried: _Same) -> SandboxReport:
-    found, unable = tried(carried.sandbox)
+def _probed(sandbox: Sandbox, mechanisms: Mechanisms, unsafe: bool, uid: int) -> SandboxReport:
+    found, unable = tried(sandbox)
     named = tuple(f"{m} {mechanisms.landlock}" if m == seal.LANDLOCK else m for m in mechanisms.mechanisms)
     return SandboxReport(
         kind="unsafe" if unsafe else "layered",

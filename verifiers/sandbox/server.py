@@ -3,13 +3,14 @@
 Run as ``python -P -m bascule.verifiers.sandbox.server PARENT_PID CHANNEL``. It holds no truth and never opens a private
 face. On standard input comes one :class:`Confine`, answered on standard output by :class:`Probed` or
 :class:`~bascule.verifiers.frames.Refused`. Then it answers the requests of :mod:`bascule.verifiers.sandbox.served` on
-the socket ``CHANNEL``, one at a time, so that no program's timing is disturbed by another's. It ends with the socket or
-its parent, and what it runs ends with it.
+the socket ``CHANNEL``, one at a time, so that no program's timing is disturbed by another's. It ends with the socket,
+its parent or SIGTERM, and what it runs ends with it; of the folders of programs some may be left if it is killed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -140,6 +141,8 @@ def choose_sandbox(config: SandboxConfig, known: SandboxReport | None) -> tuple[
 
 
 def main(choose: Choose = choose_sandbox) -> None:
+    # Ended in order also while a program runs: then nothing would be read from the socket.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     die_with(int(sys.argv[1]))
     channel = socket.socket(fileno=int(sys.argv[2]))
     channel.set_inheritable(False)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
-import shutil
 
 from bascule.plugins.sandbox import Program, Ran, Running
 from bascule.schemas.errors import BasculeError
 from bascule.verifiers.sandbox import launching, plans, processes
+from bascule.verifiers.sandbox.confine.removal import remove_tree
 from bascule.verifiers.sandbox.packages import distributions, interpreter
 from bascule.verifiers.sandbox.plans import Mechanisms
 from bascule.verifiers.sandbox.watched import Refused, Started, Watched
@@ -67,5 +68,5 @@ class UnsafeSandbox:
             box=box,
             owner=None,
             environment=plans.environment(folders),
-            release=lambda: shutil.rmtree(box, ignore_errors=True),
+            release=functools.partial(remove_tree, str(box)),
         )

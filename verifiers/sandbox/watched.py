@@ -36,8 +36,10 @@ class Started(msgspec.Struct, frozen=True):
         lifeline: descriptor that stops everything when it is written or closed.
         folder: descriptor of the working folder.
         ours: how many of the processes below ``process`` are not the program's.
-        used: bytes on its disk, and how many there may be.
-        release: gives back what was taken for it.
+        used: bytes on its disk, in a time that is bounded whatever lies there; more than ``disk`` where that cannot
+            be told.
+        disk: how many there may be.
+        release: gives back what was taken for it; raises nothing.
     """
 
     process: subprocess.Popen[bytes]
@@ -46,7 +48,7 @@ class Started(msgspec.Struct, frozen=True):
     ours: int
     used: Callable[[], int]
     disk: int
-    release: Callable[[], None]
+    release: Callable[[], object]
 
 
 class Watched:

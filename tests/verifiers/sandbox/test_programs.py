@@ -16,11 +16,13 @@ import pytest
 
 from bascule.plugins.sandbox import Program, Ran
 from bascule.verifiers.sandbox import plans
+from bascule.verifiers.sandbox.confine import seal
 from bascule.verifiers.sandbox.layered import LayeredSandbox
 from bascule.verifiers.sandbox.unsafe import UnsafeSandbox
 from tests.verifiers.sandbox.remains import processes_with, wait_until_gone
 
 LONG = 600.0
+BECOMES = {seal.UID, seal.USER}
 
 
 def ran(sandbox: LayeredSandbox | UnsafeSandbox, code: str, stdin: bytes = b"", **more: Any) -> Ran:
@@ -104,20 +106,25 @@ def test_the_environment_is_ours_alone(sandbox: LayeredSandbox, monkeypatch: pyt
 
 def test_it_is_an_ordinary_user_without_groups(sandbox: LayeredSandbox) -> None:
     uid, groups = told(ran(sandbox, "import json, os; print(json.dumps([os.getresuid(), os.getgroups()]))"))
+    if not BECOMES & set(sandbox.mechanisms.mechanisms):
+        assert set(uid) == {os.geteuid()}, "who cannot become another stays who he is"
+        return
     assert 0 not in uid
-    if os.geteuid() == 0:
+    if seal.UID in sandbox.mechanisms:
         assert plans.FIRST_UID <= uid[0] < plans.FIRST_UID + plans.UIDS
         assert groups == []
 
 
 def test_programs_of_root_have_each_a_user_id_of_their_own() -> None:
     with ThreadPoolExecutor(4) as pool:
-        code = "import os, sys; print(os.getuid(), flush=True); sys.stdin.read()"
+        code = "import os, sys; print(f'{os.getuid():9}', flush=True); sys.stdin.read()"
         program = Program(arguments=("-c", code), seconds=LONG)
-        running = list(pool.map(LayeredSandbox().start, [program] * 4))
-    uids = [one.read(5) for one in running]
+        sandbox = LayeredSandbox()
+        running = list(pool.map(sandbox.start, [program] * 4))
+    uids = [one.read(10) for one in running]
     assert [one.wait().exit_code for one in running] == [0] * 4
-    assert len(set(uids)) == (4 if os.geteuid() == 0 else 1)
+    own = os.geteuid() == 0 and BECOMES & set(sandbox.mechanisms.mechanisms)
+    assert len(set(uids)) == (4 if own else 1)
 
 
 def test_time_is_up_for_one_that_ignores_everything(sandbox: LayeredSandbox) -> None:
@@ -160,6 +167,49 @@ for number in range(8):
 time.sleep(600)
 """
     assert ran(sandbox, code, disk_mb=3).ending == "disk"
+
+
+def test_empty_files_without_end_are_stopped(sandbox: LayeredSandbox) -> None:
+    code = """
+import errno, os, time
+try:
+    for number in range(20_000):
+        os.close(os.open(f"f{number}", os.O_CREAT | os.O_WRONLY))
+except OSError as e:
+    raise SystemExit(5 if e.errno == errno.ENOSPC else 6)
+time.sleep(600)
+"""
+    result = ran(sandbox, code, disk_mb=1)
+    if sandbox.mechanisms.own_root:
+        assert result.exit_code == 5, "the file system takes no more"
+    else:
+        assert result.ending == "disk"
+
+
+def test_a_folder_of_any_depth_is_removed(sandbox: LayeredSandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Programs of root's must be able to pass.
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o711)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        # Deeper than the interpreter recurses, and not so deep that a path is too long for the kernel.
+        code = """
+import os
+for _ in range(1200): os.mkdir("d"); os.chdir("d")
+os.chmod("..", 0); print(1)
+"""
+        assert told(ran(sandbox, code)) == 1
+        assert os.listdir(folder) == []
+
+
+def test_a_tree_too_deep_to_be_measured_counts_as_over_its_disk() -> None:
+    # With an own root the file system counts.
+    sandbox = LayeredSandbox(without=("namespaces",))
+    code = """
+import os, time
+for _ in range(100): os.mkdir("d" * 99); os.chdir("d" * 99)
+time.sleep(600)
+"""
+    assert ran(sandbox, code).ending == "disk"
 
 
 @pytest.mark.parametrize("stream", [1, 2])
@@ -214,10 +264,13 @@ except BlockingIOError:
 print(len(made))
 """
     made = told(ran(sandbox, code, processes=12))
-    if os.geteuid() == 0 or "user namespace" in sandbox.mechanisms:
+    if seal.UID in sandbox.mechanisms:
         assert made == 11
-    else:
-        # The kernel counts all of this user's processes, and others may come and go.
+    elif seal.USER in sandbox.mechanisms and os.geteuid() != 0:
+        # Before Linux 5.14 the kernel also counts this user's processes outside.
+        assert made <= 11
+    elif os.geteuid() != 0:
+        # The kernel counts all of this user's processes, and others may come and go; root's it does not limit.
         assert made < 200
 
 

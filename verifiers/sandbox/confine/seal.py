@@ -90,7 +90,7 @@ def seal(plan: dict[str, Any], keep: Sequence[int] = ()) -> None:
     _prefer_to_be_killed()
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
     if HOST in use:
-        kernel.set_hostname(plan.get("hostname", "sandbox"))
+        kernel.set_hostname("sandbox")
     if ROOT in use:
         os.umask(0o022)
         own_root.build(plan, proc=PROC in use)
@@ -304,15 +304,38 @@ def _bury_children() -> None:
     """Wait until all that came to us as orphans is over; the group is killed already, the rest is killed here."""
     while True:
         try:
-            for name in kernel.read_small(f"/proc/self/task/{os.getpid()}/children").split():
-                os.kill(int(name), _SIGKILL)
+            for child in _children():
+                os.kill(child, _SIGKILL)
         except OSError:
-            # Without that file of the kernel's the group was all.
+            # Without /proc the group was all.
             pass
         try:
             os.waitpid(-1, 0)
         except ChildProcessError:
             return
+
+
+def _children() -> list[int]:
+    """The processes whose parent this one is."""
+    try:
+        return [int(name) for name in kernel.read_small(f"/proc/self/task/{os.getpid()}/children").split()]
+    except OSError:
+        return _children_by_parent()
+
+
+def _children_by_parent() -> list[int]:
+    """The same, where the kernel is built without a list of them."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            try:
+                # After the name, which may have parentheses in it: state, parent.
+                parent = kernel.read_small(f"/proc/{name}/stat").rpartition(b")")[2].split()[1]
+            except (OSError, IndexError):
+                continue
+            if int(parent) == os.getpid():
+                found.append(int(name))
+    return found
 
 
 def _end_as(status: int) -> NoReturn:
