@@ -17,6 +17,7 @@ from bascule.runtime.cli.store import open_store
 from bascule.runtime.log.nats import NatsLog
 from bascule.runtime.log.server import attach
 from bascule.runtime.state import RunState
+from bascule.schemas.errors import LogError
 
 
 async def reached(home: Path, run: str, target: int, process: subprocess.Popen[bytes]) -> bool:
@@ -26,7 +27,11 @@ async def reached(home: Path, run: str, target: int, process: subprocess.Popen[b
         if connection is None:
             await asyncio.sleep(0.01)
             continue
-        log = await NatsLog.connect(connection.url, user=connection.user, password=connection.password)
+        try:
+            log = await NatsLog.connect(connection.url, user=connection.user, password=connection.password)
+        except LogError:  # the server is starting, or its log is yet to be made
+            await asyncio.sleep(0.01)
+            continue
         try:
             count = 0
             async for _ in log.follow(f"bascule.{run}.>"):
@@ -35,6 +40,8 @@ async def reached(home: Path, run: str, target: int, process: subprocess.Popen[b
                     return True
                 if process.poll() is not None:
                     return False
+        except LogError:
+            await asyncio.sleep(0.01)
         finally:
             await log.close()
     return False
