@@ -27,6 +27,7 @@ RUNS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "denoising": (("--set", "task.params.data=simulated"), {"data": "simulated"}),
     "trimul": (("--set", "task.params.size=small", "--set", "task.params.seconds=900"), {"size": "small"}),
     "own": (_FEW, {}),
+    "sia-dir": ((), {}),
 }
 
 
@@ -52,14 +53,17 @@ def _player(task: str) -> Any:
 def searched(task: str, folder: Path) -> Outcome:
     more, params = RUNS[task]
     place = Place(folder)
-    chosen = task
-    if task == "own":
-        chosen = str(write_file(folder / "vowels.py"))
-        params = {"path": chosen}
+    chosen = ("--task", task)
     run = "searched"
-    started = ("--task", chosen, "--max_gen", "0", *more)
     try:
-        place.run(run, *started)
+        if task == "own":
+            params = {"path": str(write_file(folder / "vowels.py"))}
+            chosen = ("--task", params["path"])
+        elif task == "sia-dir":
+            place.bascule("unpack-sia", str(folder / "peer"))
+            params = {"path": str(folder / "peer" / "longcot-chess")}
+            chosen = ("--task-dir", params["path"])
+        place.run(run, *chosen, "--max_gen", "0", *more)
         export = place.exported(run, folder / "run.tar")
         clean = place.searched(run, export)
         # The same search, with the canary of one sealed item in a log and in a page beside the export.
