@@ -11,8 +11,8 @@ import hmac
 import os
 import secrets
 import stat
-import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -20,6 +20,7 @@ import msgspec
 
 from bascule.plugins.task import PublicFace
 from bascule.plugins.wheels import cache_folder
+from bascule.plugins.whole import whole_file
 from bascule.schemas.errors import ConfigError
 from bascule.schemas.events import Split
 
@@ -84,15 +85,9 @@ def canary_key() -> bytes:
 
 
 def _make_key(path: Path) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".key-")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(secrets.token_bytes(_KEY_BYTES))
-        os.link(temporary, path)
-    except FileExistsError:
-        pass  # another process was first: its key counts
-    finally:
-        os.unlink(temporary)
+    """Put a key in place; where another process is first, its key counts."""
+    with suppress(FileExistsError), whole_file(path, replace=False) as file:
+        file.write(secrets.token_bytes(_KEY_BYTES))
 
 
 def canary(key: bytes, task: str, split: str, example: str) -> str:

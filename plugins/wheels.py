@@ -20,6 +20,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import platformdirs
 
+from bascule.plugins.whole import whole_file
 from bascule.schemas.errors import ConfigError
 
 _CHUNK = 1 << 20
@@ -223,11 +224,5 @@ def _write(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, into
         raise ConfigError(
             f"{target.parent} leads outside {into} through a link.", next_step=f"Remove the link, or empty {into}."
         )
-    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=".extract-")
-    try:
-        with os.fdopen(descriptor, "wb") as sink, archive.open(member) as source:
-            shutil.copyfileobj(source, sink, _CHUNK)
-        Path(temporary).replace(target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with archive.open(member) as source, whole_file(target) as sink:
+        shutil.copyfileobj(source, sink, _CHUNK)

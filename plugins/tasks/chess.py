@@ -99,7 +99,7 @@ class Chess:
         )
 
     def private(self) -> ChessPrivate:
-        name = f"{self.name}-{sia_data.WHEEL.version}-{LAYOUT}-s{self.seed}"
+        name = sia_data.kept_name(self.name, LAYOUT, self.seed)
         return ChessPrivate(kept_truths(self.name, name, partial(truths, self.seed)))
 
     def harness(self) -> dict[str, str]:

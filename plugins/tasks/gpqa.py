@@ -14,7 +14,7 @@ from typing import Any
 
 from bascule.plugins.task import Allows, Baseline, Example, PublicFace, Tool
 from bascule.plugins.tasks import sia_data
-from bascule.plugins.tasks.gpqa_practice import Practice, practice
+from bascule.plugins.tasks.gpqa_practice import LETTERS, Practice, practice
 from bascule.plugins.tasks.harness_files import reference_files
 from bascule.plugins.tasks.splits import constant_baseline, rule_baseline, split_seed
 from bascule.plugins.tasks.truths import Truths, kept_truths
@@ -22,7 +22,6 @@ from bascule.schemas.events import Split
 from bascule.schemas.trajectory import Scored, Verdict
 
 NAME = "gpqa"
-LETTERS = ("A", "B", "C", "D")
 LAYOUT = "1"
 
 
@@ -112,7 +111,7 @@ class GPQA:
         )
 
     def private(self) -> GPQAPrivate:
-        name = f"{self.name}-{sia_data.WHEEL.version}-{LAYOUT}-s{self.seed}"
+        name = sia_data.kept_name(self.name, LAYOUT, self.seed)
         return GPQAPrivate(kept_truths(self.name, name, partial(truths, self.seed)))
 
     def harness(self) -> dict[str, str]:

@@ -13,7 +13,9 @@ from fractions import Fraction
 
 import msgspec
 
-LETTERS = "ABCD"
+from bascule.plugins.tasks.splits import seeded_random
+
+LETTERS = ("A", "B", "C", "D")
 PER_SPLIT = 96
 
 
@@ -115,8 +117,7 @@ def practice(seed: int) -> dict[str, list[Practice]]:
             family = FAMILIES[i % len(FAMILIES)]
             attempt = 0
             while True:
-                text = f"gpqa practice {seed} {split} {i} {attempt}"
-                r = random.Random(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big"))  # noqa: S311
+                r = seeded_random(f"gpqa practice {seed} {split} {i} {attempt}")
                 drawn = family(r)
                 if drawn.text not in seen:
                     break

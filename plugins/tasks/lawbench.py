@@ -19,7 +19,7 @@ from bascule.plugins.task import Allows, Baseline, Example, PublicFace, Tool
 from bascule.plugins.tasks.harness_files import manifest_text, reference_files
 from bascule.plugins.tasks.lawbench_data import LAYOUT, NAME, Case, charges, public_cases, truths
 from bascule.plugins.tasks.lawbench_duplicates import need_sklearn
-from bascule.plugins.tasks.sia_data import FOUND_IN, WHEEL
+from bascule.plugins.tasks.sia_data import FOUND_IN, WHEEL, kept_name
 from bascule.plugins.tasks.splits import best_constant, constant_baseline, split_seed
 from bascule.plugins.tasks.truths import Truths, kept_truths
 from bascule.schemas.errors import ConfigError
@@ -140,7 +140,7 @@ class LawBench:
         )
 
     def private(self) -> LawBenchPrivate:
-        name = f"{self.name}-{WHEEL.version}-{LAYOUT}-s{self.seed}"
+        name = kept_name(self.name, LAYOUT, self.seed)
         return LawBenchPrivate(kept_truths(self.name, name, partial(truths, self.seed)), charges())
 
     def harness(self) -> dict[str, str]:

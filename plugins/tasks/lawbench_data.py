@@ -7,10 +7,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import msgspec
 
@@ -18,6 +15,7 @@ from bascule.plugins.tasks import sia_data
 from bascule.plugins.tasks.lawbench_duplicates import components, near_duplicates
 from bascule.plugins.tasks.truths import Truths
 from bascule.plugins.wheels import cache_folder
+from bascule.plugins.whole import whole_file
 from bascule.schemas.errors import ConfigError
 
 NAME = "lawbench"
@@ -144,22 +142,11 @@ def _duplicates() -> Duplicates:
     """The near-duplicates of the two files, from the cache or else found now (some seconds)."""
     path = cache_folder() / "tasks" / f"{NAME}-{sia_data.WHEEL.version}-{LAYOUT}-duplicates.json"
     if not path.exists():
-        _publish(path, found_duplicates(_texts("training_data/train.csv", "train"), _texts("public/test.csv", "test")))
+        found = found_duplicates(_texts("training_data/train.csv", "train"), _texts("public/test.csv", "test"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path, mode=0o644) as file:
+            file.write(msgspec.json.encode(found))
     try:
         return msgspec.json.decode(path.read_bytes(), type=Duplicates)
     except msgspec.DecodeError as e:
         raise ConfigError(f"{path} is damaged: {e}.", next_step="Delete it; it is made again.") from e
-
-
-def _publish(path: Path, found: Duplicates) -> None:
-    """Write the file; it appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".part-")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(msgspec.json.encode(found))
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from bascule.plugins.tasks.harness_files import reference_files
 from bascule.plugins.tasks.own_template import PARAMS, PROMPT
+from bascule.plugins.whole import whole_file, whole_folder
 from bascule.schemas.errors import ConfigError
 
 TEMPLATE = Path(__file__).with_name("own_template.py")
@@ -29,16 +27,11 @@ def write_file(path: Path) -> Path:
     if path.suffix != ".py":
         raise ConfigError(f"{path} is no name of a Python file.", next_step="Let it end in .py, or give --folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(template(path.name))
-        os.chmod(temporary, 0o644)
-        os.link(temporary, path)
+        with whole_file(path, mode=0o644, replace=False) as file:
+            file.write(template(path.name).encode())
     except FileExistsError:
         raise _taken(path) from None
-    finally:
-        os.unlink(temporary)
     return path
 
 
@@ -51,20 +44,14 @@ def write_folder(path: Path) -> Path:
     if path.exists() or path.is_symlink():
         raise _taken(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=".new-"))
     try:
-        (temporary / "task.py").write_text(template(path.name), encoding="utf-8")
-        (temporary / "harness").mkdir()
-        for name, text in reference_files(name="chat", system_prompt=PROMPT, params=PARAMS).items():
-            (temporary / "harness" / name).write_text(text, encoding="utf-8")
-        temporary.chmod(0o755)
-        os.rename(temporary, path)
-    except OSError:
-        if path.exists():
-            raise _taken(path) from None
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with whole_folder(path) as folder:
+            (folder / "task.py").write_text(template(path.name), encoding="utf-8")
+            (folder / "harness").mkdir()
+            for name, text in reference_files(name="chat", system_prompt=PROMPT, params=PARAMS).items():
+                (folder / "harness" / name).write_text(text, encoding="utf-8")
+    except FileExistsError:
+        raise _taken(path) from None
     return path
 
 

@@ -21,6 +21,16 @@ FOUND_IN = f"the wheel {WHEEL.name} {WHEEL.version} on PyPI"
 Row = dict[str, str]
 
 
+def kept_name(task: str, layout: str, seed: int) -> str:
+    """The name in the cache of what a task makes of its data: it follows from all that this depends on.
+
+    Args:
+        layout: the task's own version of its splits and of the layout of its files.
+        seed: of its splits.
+    """
+    return f"{task}-{WHEEL.version}-{layout}-s{seed}"
+
+
 def member(task: str, name: str) -> bytes:
     """The bytes of ``sia/tasks/TASK/data/NAME``.
 

@@ -7,10 +7,8 @@ those.
 from __future__ import annotations
 
 import csv
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from bascule.plugins.tasks import sia_data
@@ -18,6 +16,7 @@ from bascule.plugins.tasks.sia_data import WHEEL, Row
 from bascule.plugins.tasks.splits import seeded_order
 from bascule.plugins.tasks.truths import Truths, kept_truths
 from bascule.plugins.wheels import cache_folder
+from bascule.plugins.whole import whole_folder
 from bascule.schemas.errors import ConfigError
 
 NAME = "spaceship-titanic"
@@ -86,11 +85,11 @@ def private_truths(seed: int) -> Truths:
         rows, _ = split_rows(_member("public/train.csv"), _member("private/test.csv"), seed)
         return {split: {row["PassengerId"]: row[ANSWER] for row in found} for split, found in rows.items()}
 
-    return kept_truths(NAME, _folder(seed).name, make)
+    return kept_truths(NAME, sia_data.kept_name(NAME, LAYOUT, seed), make)
 
 
 def _folder(seed: int) -> Path:
-    return cache_folder() / "tasks" / f"{NAME}-{WHEEL.version}-{LAYOUT}-s{seed}"
+    return cache_folder() / "tasks" / sia_data.kept_name(NAME, LAYOUT, seed)
 
 
 def _member(name: str) -> list[Row]:
@@ -101,23 +100,14 @@ def _member(name: str) -> list[Row]:
 
 
 def _publish(folder: Path, rows: dict[str, list[Row]]) -> None:
-    """Write the splits of the public face; the folder appears whole or not at all."""
+    """Write the splits of the public face; where another process is first, it has the same bytes."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
-    try:
+    with suppress(FileExistsError), whole_folder(folder) as made:
         for split, found in rows.items():
-            with (temporary / f"{split}.csv").open("w", encoding="utf-8", newline="") as f:
+            with (made / f"{split}.csv").open("w", encoding="utf-8", newline="") as f:
                 writer = csv.DictWriter(f, fieldnames=list(found[0]))
                 writer.writeheader()
                 writer.writerows(found)
-        temporary.chmod(0o755)
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            if not folder.exists():  # otherwise another process was first, with the same bytes
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _read(path: Path) -> list[Row]:

@@ -1,8 +1,9 @@
-"""What tasks share: seeded order without a generator's state, parameters, and the constant baselines."""
+"""What tasks share: seeded order and seeded generators, parameters, and the constant baselines."""
 
 from __future__ import annotations
 
 import hashlib
+import random
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -16,6 +17,11 @@ T = TypeVar("T")
 def seeded_order(items: Iterable[T], key: Callable[[T], str], salt: str) -> list[T]:
     """``items`` by the SHA-256 of salt and key: the same on every machine and Python version."""
     return sorted(items, key=lambda item: hashlib.sha256(f"{salt}\0{key(item)}".encode()).digest())
+
+
+def seeded_random(text: str) -> random.Random:
+    """A generator whose seed is the first 8 bytes of the SHA-256 of ``text``."""
+    return random.Random(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big"))  # noqa: S311
 
 
 def split_seed(task: str, params: dict[str, Any], others: Iterable[str] = ()) -> int:

@@ -5,14 +5,13 @@ Only private faces read them, and only the scoring process opens those.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from bascule.plugins.canary import canary, canary_key, private_folder
+from bascule.plugins.whole import whole_file
 from bascule.schemas.errors import ConfigError
 
 Truths = dict[str, dict[str, str]]
@@ -49,20 +48,13 @@ def kept_truths(task: str, name: str, make: Callable[[], Truths]) -> Truths:
 
 
 def _keep(path: Path, key: bytes, task: str, truths: Truths) -> None:
-    """Write the file, whole or not at all."""
     lines = [
         msgspec.json.encode(_Kept(split, example, truth, canary(key, task, split, example)))
         for split, found in truths.items()
         for example, truth in found.items()
     ]
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".truths-")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(b"\n".join(lines))
-        os.rename(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with whole_file(path) as file:
+        file.write(b"\n".join(lines))
 
 
 def _read(path: Path) -> tuple[Truths, list[str]]:

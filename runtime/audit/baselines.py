@@ -7,10 +7,9 @@ its code and the libraries are the same. So what they scored is remembered in th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
-import os
 import platform
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -21,6 +20,7 @@ from packaging.requirements import Requirement
 from bascule.plugins.loader import code_hash
 from bascule.plugins.task import Compares, Comparison
 from bascule.plugins.wheels import cache_folder
+from bascule.plugins.whole import whole_file
 from bascule.runtime.world import World, task_digest
 from bascule.schemas.codec import canonical
 from bascule.schemas.events import Split
@@ -153,16 +153,8 @@ def _place(world: World, splits: Sequence[Split]) -> Path:
 
 
 def _remember(path: Path, scores: Scores) -> None:
-    """Put the file in place, whole; of two that come at once the later counts. A cache that is full is no failure."""
-    try:
+    """Put the file in place; a cache that is full is no failure."""
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".scores-")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(msgspec.json.encode(scores))
-            os.rename(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError:
-        return
+        with whole_file(path) as file:
+            file.write(msgspec.json.encode(scores))

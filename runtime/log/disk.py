@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from bascule.plugins.whole import whole_file
 from bascule.schemas.errors import LogError
 
 
@@ -28,18 +28,8 @@ def explained(path: Path) -> Iterator[None]:
 
 def durable_write(path: Path, data: bytes) -> None:
     """Put a file of mode 0600 in place as a whole. Its name is durable once its folder is synced."""
-    tmp = path.with_name(f".{path.name[:16]}.{secrets.token_hex(8)}.tmp")
-    fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with open(fd, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(fd)
-        tmp.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            tmp.unlink(missing_ok=True)
-        raise
+    with whole_file(path, durable=True) as file:
+        file.write(data)
 
 
 def make_private(folder: Path) -> None:
