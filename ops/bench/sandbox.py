@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 from bascule.plugins.sandbox import Program
+from bascule.verifiers.sandbox import front
 from bascule.verifiers.sandbox.layered import LayeredSandbox
 from bascule.verifiers.sandbox.packages import executable
 from bascule.verifiers.sandbox.probe import probe
@@ -33,24 +34,23 @@ def run(repetitions: int = REPETITIONS, at_once: int = AT_ONCE) -> tuple[dict[st
     lean = LayeredSandbox(without=("namespaces",))
     kinds["no namespaces"] = lambda: _sandboxed(lean)
     taken: dict[str, list[float]] = {name: [] for name in kinds}
-    used: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(repetitions + 1):
         for name, start in kinds.items():
-            begun, before = time.perf_counter(), _processor_time()
+            begun = time.perf_counter()
             start()
             taken[name].append(1e3 * (time.perf_counter() - begun))
-            used[name].append(1e3 * (_processor_time() - before))
+    # On a busy machine each of the few changes of process waits for a turn; this does not.
+    used = {name: figure([_processor_time(start, repetitions)], "ms") for name, start in kinds.items()}
     # The first of each warms it up.
     bare = figure(taken["bare"][1:], "ms")
-    figures = {"bare interpreter": bare, "bare interpreter: processor time": figure(used["bare"][1:], "ms")}
+    figures = {"bare interpreter": bare, "bare interpreter: processor time": used["bare"]}
     for name in ("all layers", "no namespaces"):
         over = [inside - outside for inside, outside in zip(taken[name][1:], taken["bare"][1:], strict=True)]
         figures[f"{name}: sandboxed"] = figure(
             taken[name][1:], "ms", baseline="bare interpreter", ratio=bare.value / figure(taken[name][1:], "ms").value
         )
         figures[f"{name}: over bare"] = figure(over, "ms")
-        # On a busy machine each of the few changes of process waits for a turn; this does not.
-        figures[f"{name}: processor time"] = figure(used[name][1:], "ms")
+        figures[f"{name}: processor time"] = used[name]
     each, held = _at_once(sandbox, at_once)
     alone = figures["all layers: sandboxed"].value
     figures[f"{at_once} at once: each"] = figure([each], "ms", baseline="one alone", ratio=alone / each)
@@ -64,10 +64,22 @@ def run(repetitions: int = REPETITIONS, at_once: int = AT_ONCE) -> tuple[dict[st
     ]
 
 
-def _processor_time() -> float:
-    """Seconds of all children that are over, theirs included."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+def _processor_time(start: Callable[[], None], repetitions: int) -> float:
+    """Milliseconds of processor time of a program, its launcher and all that it starts, on average.
+
+    What the zygote forks counts with us once the zygote has ended, so what it needs itself is taken off.
+    """
+
+    def used(times: int) -> float:
+        front.end_zygote()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        for _ in range(times):
+            start()
+        front.end_zygote()
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    return 1e3 * (used(repetitions + 1) - used(1)) / repetitions
 
 
 def _bare() -> None:

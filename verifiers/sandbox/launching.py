@@ -8,7 +8,6 @@ import marshal
 import os
 import secrets
 import socket
-import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
@@ -18,34 +17,13 @@ from typing import Any
 import msgspec
 
 from bascule.plugins.sandbox import Program, Ran
-from bascule.verifiers.sandbox import folder, plans, processes
+from bascule.verifiers.sandbox import folder, front, plans, processes
+from bascule.verifiers.sandbox.confine.launcher import LENGTH
 from bascule.verifiers.sandbox.confine.removal import remove_tree
+from bascule.verifiers.sandbox.front import Front
 from bascule.verifiers.sandbox.packages import Mount, executable
 from bascule.verifiers.sandbox.watched import Started
 
-FLAGS = ("-P", "-s", "-S", "-B")
-"""Of our own programs by path: nothing is imported but the standard library."""
-
-_CONFINE = Path(__file__).with_name("confine")
-# In the order in which they import each other.
-_MODULES = ("__init__", "kernel", "landlock", "own_root", "syscalls", "seal", "launcher")
-# What the launcher runs: it gets the package confine compiled, so that it neither looks for it nor compiles it, and
-# nothing but built-in modules is imported before.
-_BOOT = """
-import _socket, marshal, os, sys
-control = _socket.socket(fileno=int(sys.argv[1]))
-def exactly(size):
-    data = b""
-    while len(data) < size:
-        data += control.recv(size - len(data)) or os._exit(1)
-    return data
-codes, plan = [marshal.loads(exactly(int.from_bytes(exactly(4), "big"))) for _ in range(2)]
-for name, code in codes:
-    module = sys.modules[name] = type(sys)(name)
-    module.__package__, module.__path__ = "confine", []
-    exec(code, module.__dict__)
-module.main(control, plan)
-"""
 _START_SECONDS = 60.0
 _MOST_SAID = 4000
 
@@ -84,38 +62,22 @@ def launch(
     """
     with contextlib.ExitStack() as undo:
         undo.callback(release)
-        control, theirs = socket.socketpair()
-        undo.callback(control.close)
-        life, lifeline = os.pipe()
-        undo.callback(os.close, lifeline)
         plan = {
             **msgspec.to_builtins(plan),
-            "lifeline": life,
             # Where the installation's own site-packages cannot be hidden, they are not looked for.
             "arguments": [executable(), *(("-S",) if box else ()), "-s", "-B", *program.arguments],
             "environment": dict(environment),
         }
         try:
-            process = subprocess.Popen(
-                [executable(), *FLAGS, "-c", _BOOT, str(theirs.fileno())],
-                stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                bufsize=0,
-                pass_fds=(theirs.fileno(), life),
-                env={},
-                cwd="/",
-                start_new_session=True,
-            )
-        except OSError as e:
-            raise NotStarted(f"{executable()}: {e}") from e
-        finally:
-            theirs.close()
-            os.close(life)
+            process, control = front.fork(stdin=stdin)
+        except (front.NotForked, OSError) as e:
+            raise NotStarted(str(e)) from e
         undo.callback(_end, process)
+        undo.enter_context(control)
         control.settimeout(_START_SECONDS)
         try:
-            control.sendall(_compiled() + _framed(plan))
+            data = marshal.dumps(plan)
+            control.sendall(len(data).to_bytes(LENGTH, "big") + data)
             said, descriptors, _, _ = socket.recv_fds(control, _MOST_SAID, 1)
             if not descriptors:
                 raise NotStarted(_reason(said, process))
@@ -130,7 +92,6 @@ def launch(
         control.close()
     return Started(
         process=process,
-        lifeline=lifeline,
         folder=descriptors[0],
         ours=ours,
         used=(
@@ -143,37 +104,22 @@ def launch(
     )
 
 
-@functools.cache
-def _compiled() -> bytes:
-    """The modules of the launcher, by name, for an interpreter like this one."""
-    codes = []
-    for name in _MODULES:
-        path = _CONFINE / f"{name}.py"
-        code = compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
-        codes.append((f"confine.{name}".removesuffix(".__init__"), code))
-    return _framed(codes)
-
-
-def _framed(value: Any) -> bytes:
-    data = marshal.dumps(value)
-    return len(data).to_bytes(4, "big") + data
-
-
-def _reason(said: bytes, process: subprocess.Popen[bytes]) -> str:
+def _reason(said: bytes, process: Front) -> str:
     if said:
         return said.decode("utf-8", "replace")
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        _, printed = process.communicate(timeout=_START_SECONDS)
-        return f"the launcher ended with {process.returncode}: {printed.decode('utf-8', 'replace')[-_MOST_SAID:]}"
-    return "the launcher gave no answer"
+    ended = process.wait(_START_SECONDS)
+    if ended is None:
+        return "the launcher gave no answer"
+    # It is over, and so is all that could have this pipe open.
+    printed = process.stderr.readall() or b""
+    return f"the launcher ended with {ended}: {printed.decode('utf-8', 'replace')[-_MOST_SAID:]}"
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: Front) -> None:
     process.kill()
-    process.wait()
-    for stream in (process.stdin, process.stdout, process.stderr):
-        if stream is not None:
-            stream.close()
+    process.stop()
+    process.wait(_START_SECONDS)
+    process.close()
 
 
 def _used_of_file_system(descriptor: int) -> int:

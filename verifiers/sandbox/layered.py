@@ -11,7 +11,7 @@ import msgspec
 
 from bascule.plugins.sandbox import Program, Ran, Running
 from bascule.schemas.errors import BasculeError, ConfigError
-from bascule.verifiers.sandbox import launching, plans, processes
+from bascule.verifiers.sandbox import front, launching, plans, processes
 from bascule.verifiers.sandbox.confine import kernel, seal
 from bascule.verifiers.sandbox.confine.removal import remove_tree
 from bascule.verifiers.sandbox.packages import Mount, Sight, distributions, executable, interpreter
@@ -35,7 +35,7 @@ def mechanisms_here(without: tuple[str, ...] = ()) -> Mechanisms:
     Raises:
         ConfigError: the interpreter cannot even be started for the trial.
     """
-    command = [executable(), *launching.FLAGS, str(_TELL), *without]
+    command = [executable(), *front.FLAGS, str(_TELL), *without]
     try:
         told = subprocess.run(
             command, env={}, cwd="/", stdin=subprocess.DEVNULL, capture_output=True, timeout=_TELL_SECONDS, check=True

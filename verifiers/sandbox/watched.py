@@ -1,15 +1,12 @@
 """A program under way, watched from outside: its clock, memory, disk and output.
 
-The process that we start stays in front of the program (:func:`confine.seal.seal`): when it has ended, nothing of the
-program is alive. To stop a program it is told so by the lifeline.
+A process stays in front of the program (:func:`confine.seal.seal`): when it has ended, nothing of the program is alive.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +17,7 @@ import msgspec
 
 from bascule.plugins.sandbox import Ending, Program, Ran
 from bascule.verifiers.sandbox import folder, processes
+from bascule.verifiers.sandbox.front import Front
 
 _TICK = 0.05
 _DISK_EVERY = 5
@@ -32,8 +30,7 @@ class Started(msgspec.Struct, frozen=True):
     """A program that is about to run.
 
     Attributes:
-        process: the one in front; its standard streams are pipes, or closed.
-        lifeline: descriptor that stops everything when it is written or closed.
+        process: the one in front.
         folder: descriptor of the working folder.
         ours: how many of the processes below ``process`` are not the program's.
         used: bytes on its disk, in a time that is bounded whatever lies there; more than ``disk`` where that cannot
@@ -42,8 +39,7 @@ class Started(msgspec.Struct, frozen=True):
         release: gives back what was taken for it; raises nothing.
     """
 
-    process: subprocess.Popen[bytes]
-    lifeline: int
+    process: Front
     folder: int
     ours: int
     used: Callable[[], int]
@@ -94,8 +90,9 @@ class Watched:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._stop(None)
-        self._join()
+        if self._ran is None:
+            self._stop(None)
+            self._join()
 
     def write(self, data: bytes) -> None:
         stream = self._started.process.stdin
@@ -173,10 +170,8 @@ class Watched:
             # Also after an interrupt: a program is never left alone.
             while self._started.process.poll() is None:
                 self._stop(None)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._started.process.wait(_GRACE)
-                    break
-                self._started.process.kill()
+                if self._started.process.wait(_GRACE) is None:
+                    self._started.process.kill()
             self._seconds = time.monotonic() - self._since
             for descriptor in self._caught:
                 self._drain(descriptor)
@@ -191,37 +186,36 @@ class Watched:
         view = memoryview(self._stdin)
         if feeding is not None:
             poll.register(feeding.fileno(), select.POLLOUT)
-        ended = _end_descriptor(process.pid)
-        if ended is not None:
-            poll.register(ended, select.POLLIN)
+        poll.register(process, select.POLLIN)
         ticks = 0
         tick = time.monotonic() + _TICK
-        try:
-            while process.poll() is None:
-                now = time.monotonic()
-                for descriptor, _ in poll.poll(max(0.0, min(tick, self._deadline) - now) * 1000):
-                    if feeding is not None and descriptor == feeding.fileno():
-                        view = self._feed(descriptor, view)
-                        if not view:
-                            poll.unregister(descriptor)
-                            feeding.close()
-                            feeding = None
-                    elif descriptor != ended and not self._take(descriptor):
+        while process.poll() is None:
+            now = time.monotonic()
+            for descriptor, _ in poll.poll(max(0.0, min(tick, self._deadline) - now) * 1000):
+                if feeding is not None and descriptor == feeding.fileno():
+                    view = self._feed(descriptor, view)
+                    if not view:
                         poll.unregister(descriptor)
-                now = time.monotonic()
-                if now >= self._deadline:
-                    self._stop("timeout")
-                if now >= tick:
-                    tick = now + _TICK
-                    ticks += 1
-                    self._measure(disk=ticks % _DISK_EVERY == 0)
-                if self._stopping is not None:
-                    self._deadline = now + _TICK
-                    if now - self._stopping > _GRACE:
-                        process.kill()
-        finally:
-            if ended is not None:
-                os.close(ended)
+                        feeding.close()
+                        feeding = None
+                elif descriptor == process.fileno():
+                    if process.poll() is None:
+                        # Nobody will tell of its end: it is to come now.
+                        poll.unregister(descriptor)
+                        self._stop(None)
+                elif not self._take(descriptor):
+                    poll.unregister(descriptor)
+            now = time.monotonic()
+            if now >= self._deadline:
+                self._stop("timeout")
+            if now >= tick:
+                tick = now + _TICK
+                ticks += 1
+                self._measure(disk=ticks % _DISK_EVERY == 0)
+            if self._stopping is not None:
+                self._deadline = now + _TICK
+                if now - self._stopping > _GRACE:
+                    process.kill()
 
     def _feed(self, descriptor: int, view: memoryview) -> memoryview:
         try:
@@ -277,8 +271,7 @@ class Watched:
                 return
             self._stopping = time.monotonic()
             self._ending = self._ending or ending
-            with contextlib.suppress(OSError):
-                os.write(self._started.lifeline, b"\0")
+            self._started.process.stop()
 
     def _bury(self) -> Ran:
         process = self._started.process
@@ -292,12 +285,8 @@ class Watched:
             except folder.TooLarge:
                 ending = ending or "output"
         finally:
-            for stream in (process.stdin, process.stdout, process.stderr):
-                if stream is not None:
-                    with contextlib.suppress(OSError):
-                        stream.close()
-            for descriptor in (self._started.lifeline, self._started.folder):
-                os.close(descriptor)
+            process.close()
+            os.close(self._started.folder)
             self._started.release()
         caught = list(self._caught.values())
         self._ran = Ran(
@@ -333,11 +322,3 @@ class Refused:
 
     def wait(self) -> Ran:
         return self._ran
-
-
-def _end_descriptor(pid: int) -> int | None:
-    """A descriptor that can be read once the process has ended; None where the kernel has none."""
-    try:
-        return os.pidfd_open(pid)
-    except OSError:
-        return None

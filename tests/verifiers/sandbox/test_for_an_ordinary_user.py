@@ -18,7 +18,9 @@ def test_all_of_it_holds_for_an_ordinary_user() -> None:
     with ordinary_user.folder() as home:
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "--basetemp", str(home / "tests")]
         ran = ordinary_user.run(
-            [*command, *(str(HERE / name) for name in ("test_programs.py", "test_probe.py"))], home=home, seconds=3600
+            [*command, *(str(HERE / name) for name in ("test_front.py", "test_programs.py", "test_probe.py"))],
+            home=home,
+            seconds=3600,
         )
     assert ran.returncode == 0, ran.stdout
     assert " passed" in ran.stdout

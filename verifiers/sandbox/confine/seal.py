@@ -86,7 +86,7 @@ def seal(plan: dict[str, Any], keep: Sequence[int] = ()) -> None:
     told = None
     if PROCESSES in use or plan.get("front"):
         told = _stay_in_front(plan, use, parent)
-    _close_all_but([*keep, -1 if told is None else told])
+    close_all_but([*keep, -1 if told is None else told])
     _prefer_to_be_killed()
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
     if HOST in use:
@@ -152,6 +152,8 @@ def _leave_namespaces(use: set[str], plan: dict[str, Any]) -> None:
 
 def _prefer_to_be_killed() -> None:
     """Where memory runs out, the kernel is to choose this process and not the runtime."""
+    # The file belongs to root while the process may not be looked into.
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 1)
     try:
         kernel.write_small("/proc/self/oom_score_adj", "1000")
     except OSError:
@@ -203,7 +205,8 @@ def _bound(plan: dict[str, Any], *, extra: int) -> None:
         syscalls.install(syscalls.only_threads())
 
 
-def _close_all_but(keep: Sequence[int]) -> None:
+def close_all_but(keep: Sequence[int]) -> None:
+    """Close every descriptor but 0, 1, 2 and these."""
     start = 3
     for descriptor in [*sorted(d for d in set(keep) if d > 2), 2**20]:
         os.closerange(start, descriptor)
@@ -257,7 +260,7 @@ def _attend(child: int, ending: int, lifeline: int | None, group: bool) -> int:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.closerange(0, 3)
     ended, kept = _end_of(child)
-    _close_all_but([ending, *kept, -1 if lifeline is None else lifeline])
+    close_all_but([ending, *kept, -1 if lifeline is None else lifeline])
     poll = select.poll()
     poll.register(ended, select.POLLIN)
     if lifeline is not None:
@@ -354,7 +357,7 @@ def _guard(program: int, told: int) -> NoReturn:
     """The first process of the namespace: takes orphans, and ends with the program, which ends everything."""
     try:
         os.closerange(0, 3)
-        _close_all_but([told])
+        close_all_but([told])
         while True:
             pid, status = os.waitpid(-1, 0)
             if pid == program:

@@ -1,4 +1,4 @@
-"""Print what :func:`available.available` finds, as JSON. A program of its own, run by path; see ``launcher.py``."""
+"""Print what :func:`available.available` finds, as JSON. A program of its own, run by path."""
 
 from __future__ import annotations
 
