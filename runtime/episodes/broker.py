@@ -17,6 +17,7 @@ from msgspec import structs
 from bascule.plugins.engine import Engine, Message, SampleRequest, asked
 from bascule.plugins.task import Tool
 from bascule.runtime.episodes.batch import Batch
+from bascule.runtime.episodes.confinement import INODES
 from bascule.runtime.episodes.episode import Limits, Outcome, StopEpisode, cpu_seconds
 from bascule.runtime.episodes.host import EpisodeProcessError
 from bascule.runtime.episodes.pool import HarnessPool
@@ -312,6 +313,15 @@ def _error(outcome: Outcome, limits: Limits) -> EpisodeError:
             return EpisodeError(kind="output-limit", message=f"{who} sent more than {limits.output_bytes} bytes.")
         case "memory":
             message = f"{who} used more than the {limits.memory_bytes >> 20} MiB of memory that its manifest names."
+            return EpisodeError(kind="crash", message=message)
+        case "processes":
+            message = f"{who} had more than the {limits.processes} processes and threads that its manifest names."
+            return EpisodeError(kind="crash", message=message)
+        case "disk":
+            message = (
+                f"{who} filled more than the {limits.disk_bytes >> 20} MiB of disk that its manifest names, "
+                f"or made more than {INODES} files."
+            )
             return EpisodeError(kind="crash", message=message)
         case "overdue":
             # Its own time was not used up: it waited for answers of ours.

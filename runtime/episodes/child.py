@@ -226,29 +226,6 @@ def live_in(folder: str, paths: Sequence[str]) -> None:
     gc.enable()
 
 
-def remove_tree(root: str) -> None:
-    """Remove a folder of any depth: inner folders are first moved up, so that no path grows and nothing recurses."""
-    unique = os.urandom(8).hex()
-    moved = 0
-    while names := os.listdir(root):
-        for name in names:
-            path = f"{root}/{name}"
-            if os.path.islink(path) or not os.path.isdir(path):
-                os.unlink(path)
-                continue
-            os.chmod(path, 0o700)
-            for inner in os.listdir(path):
-                below = f"{path}/{inner}"
-                if os.path.islink(below) or not os.path.isdir(below):
-                    os.unlink(below)
-                else:
-                    os.chmod(below, 0o700)
-                    os.rename(below, f"{root}/{unique}-{moved}")
-                    moved += 1
-            os.rmdir(path)
-    os.rmdir(root)
-
-
 def print_own(e: BaseException) -> None:
     """Print a traceback on stderr with the harness's frames only: ours say where bascule lies, and nothing else."""
     report = traceback.TracebackException.from_exception(e)

@@ -129,7 +129,7 @@ class Confinement:
         uid = FIRST_UID + (os.getpid() * 61 + number) % UIDS
         own = self._limits(limits)
         if {seal.UID, seal.USER} & set(self._mechanisms):
-            # Counted by user id, so only where that is the episode's own.
+            # Counted by user id, so only where that is the episode's own; elsewhere ``watch.py`` counts.
             own["processes"] = limits["processes"] + (GUEST_PROCESSES if guest else 0)
         if guest:
             own["cpu_seconds"] += GUEST_SECONDS

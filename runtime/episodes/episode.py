@@ -15,7 +15,9 @@ import msgspec
 Handler = Callable[[bytes], Awaitable[bytes | None]]
 """Answers one frame; None where no answer is due. Raises :class:`StopEpisode` to end the episode."""
 
-Ending = Literal["stopped", "exited", "timeout", "overdue", "output-limit", "memory", "lost", "unavailable"]
+Ending = Literal[
+    "stopped", "exited", "timeout", "overdue", "output-limit", "memory", "processes", "disk", "lost", "unavailable"
+]
 
 _TAIL = 4096
 _CHUNK = 65536
@@ -59,9 +61,9 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """How an episode's process ended.
 
     Attributes:
-        ending: ``stopped`` by the handler; ``exited`` by itself; ``timeout``, ``overdue`` (overall), ``output-limit``
-            and ``memory``; ``lost`` with the zygote, which says nothing about this episode; ``unavailable``: no process
-            could be had.
+        ending: ``stopped`` by the handler; ``exited`` by itself; ``timeout``, ``overdue`` (overall), ``output-limit``,
+            ``memory``, ``processes`` and ``disk``; ``lost`` with the zygote, which says nothing about this episode;
+            ``unavailable``: no process could be had.
         exit_code: exit status, or minus the number of the signal; None where there was no report.
         output: the last 4 KiB of stdout and stderr.
         seconds: wall time in which the harness itself ran.

@@ -15,18 +15,18 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections import OrderedDict
 from pathlib import Path
 
 import msgspec
 
 from bascule.runtime.episodes import watch
-from bascule.runtime.episodes.child import remove_tree
 from bascule.runtime.episodes.episode import Ending, Episode, Handler, Limits, Outcome, StopEpisode, cpu_seconds
+from bascule.runtime.episodes.marked import kill_marked
 from bascule.schemas.errors import BasculeError
 from bascule.schemas.harness import Harness
 from bascule.verifiers.sandbox import confine, packages
+from bascule.verifiers.sandbox.confine.removal import remove_tree
 
 _PROGRAM = Path(__file__).with_name("zygote.py")
 _MARK = "BASCULE_ZYGOTE"
@@ -76,12 +76,12 @@ class _Report(msgspec.Struct, frozen=True):
 class _Running:
     """An episode under way; ``pid`` is its first process, 0 until that is known."""
 
-    def __init__(self, episode: Episode, exited: asyncio.Future[_Report | None], memory: int) -> None:
+    def __init__(self, episode: Episode, exited: asyncio.Future[_Report | None], bounds: watch.Bounds) -> None:
         self.episode = episode
         self.exited = exited
-        self.memory = memory
+        self.bounds = bounds
         self.pid = 0
-        self.over_memory = False
+        self.over: watch.Over | None = None
 
 
 class _Lost(Exception):
@@ -95,14 +95,14 @@ class ZygoteHost:
         alive: whether it takes episodes.
         unsafe: nothing is confined.
         mechanisms, missing: what confines its episodes, and what cannot, with the reason.
-        over_memory: it was ended because its processes together had more memory than they may.
+        over: of what its processes together used more than they may, so that it was ended.
     """
 
     def __init__(
         self, process: subprocess.Popen[bytes], control: socket.socket, folder: Path, mark: str, *, guest: bool
     ) -> None:
         self.alive = True
-        self.over_memory = False
+        self.over: watch.Over | None = None
         self.unsafe = False
         self.mechanisms: tuple[str, ...] = ()
         self.missing: tuple[str, ...] = ()
@@ -119,7 +119,7 @@ class ZygoteHost:
         self._sending = asyncio.Lock()
         self._watching: asyncio.Task[None] | None = None
         self._strange = 0
-        self._prepared_bytes = 0
+        self._prepared: watch.Bounds | None = None
         control.setblocking(False)
         self._loop.add_reader(control, self._on_report)
 
@@ -203,7 +203,7 @@ class ZygoteHost:
         given = self._given(harness)
         channel, theirs = socket.socketpair()
         output, printing = os.pipe()
-        running = _Running(Episode(channel, output, limits), self._loop.create_future(), limits.memory_bytes)
+        running = _Running(Episode(channel, output, limits), self._loop.create_future(), self._bounds(number, limits))
         episode, exited = running.episode, running.exited
         self._running[number] = running
         self._watch()
@@ -229,8 +229,8 @@ class ZygoteHost:
                 episode.close()
         if report is None:
             await asyncio.to_thread(self._ended)
-        if running.over_memory and (report is None or ending != "stopped"):
-            return Outcome(ending="memory", seconds=episode.seconds)
+        if running.over is not None and (report is None or ending != "stopped"):
+            return Outcome(ending=running.over, seconds=episode.seconds)
         if report is None and not (self._guest and ending in ("stopped", "timeout", "output-limit")):
             return Outcome(ending="lost", seconds=episode.seconds)
         if report is None:
@@ -256,7 +256,7 @@ class ZygoteHost:
         output, printing = os.pipe()
         seconds = limits.prepare_seconds
         own = msgspec.structs.replace(limits, seconds=seconds, overall_seconds=seconds + _START_SECONDS)
-        running = _Running(Episode(channel, output, own), self._loop.create_future(), limits.memory_bytes)
+        running = _Running(Episode(channel, output, own), self._loop.create_future(), self._bounds(0, limits))
         episode = running.episode
         self._running[0] = running
         self._watch()
@@ -279,10 +279,10 @@ class ZygoteHost:
             self._running.pop(0, None)
             episode.close()
         if ending == "stopped" and self.alive:
-            self._prepared_bytes = limits.memory_bytes
+            self._prepared = running.bounds
             return None
-        if running.over_memory:
-            return Outcome(ending="memory", during="prepare")
+        if running.over is not None:
+            return Outcome(ending=running.over, during="prepare")
         if ending != "exited":
             self._lose()
         code = await asyncio.to_thread(self._ended)
@@ -412,26 +412,34 @@ class ZygoteHost:
             self._watching = self._loop.create_task(self._look())
 
     async def _look(self) -> None:
-        """Now and then, while something runs: end what has more memory than it may."""
+        """Now and then, while something runs: end what uses more than it may."""
+        due: list[int] = []
         while self.alive and self._running:
             await asyncio.sleep(_WATCH_SECONDS)
-            if self._guest:
-                most = sum(running.memory for running in self._running.values())
-                over = await asyncio.to_thread(watch.over, {self._process.pid: self._prepared_bytes + most})
-                if over and self.alive:
-                    self.over_memory = True
-                    for running in self._running.values():
-                        running.over_memory = True
-                    self._lose()
-                continue
-            limits = {r.pid: r.memory for r in self._running.values() if r.pid and not r.over_memory}
-            over = await asyncio.to_thread(watch.over, limits)
+            fronted = "process namespace" in self.mechanisms
+            over, due = await asyncio.to_thread(watch.over, self._watched(), due, fronted=fronted)
+            if self._guest and over and self.alive:
+                self.over = over[self._process.pid]
+                for running in self._running.values():
+                    running.over = self.over
+                self._lose()
+                return
             for number, running in list(self._running.items()):
                 if running.pid in over:
-                    running.over_memory = True
+                    running.over = over[running.pid]
                     with contextlib.suppress(_Lost):
                         async with self._sending:
                             await self._send({"op": "kill", "number": number})
+
+    def _watched(self) -> dict[int, watch.Bounds]:
+        if not self._guest:
+            return {r.pid: r.bounds for r in self._running.values() if r.pid and r.over is None}
+        own = [self._prepared] if self._prepared is not None else []
+        own += [r.bounds for r in self._running.values()]
+        return {self._process.pid: watch.together(*own)} if own else {}
+
+    def _bounds(self, number: int, limits: Limits) -> watch.Bounds:
+        return watch.bounds(limits, self.mechanisms, f"{self._folder}/{number}", guest=number == 0)
 
     def _lose(self, *, kill: bool = True) -> None:
         """Give up on the process. Idempotent."""
@@ -466,29 +474,5 @@ class ZygoteHost:
 
     def _bury(self) -> None:
         self._ended()
-        kill_marked(self._mark.encode())
-        with contextlib.suppress(OSError):
-            remove_tree(str(self._folder))
-
-
-def kill_marked(mark: bytes) -> None:
-    """Kill every process whose initial environment or arguments hold ``mark``: what a killed zygote left behind.
-
-    An ordinary user may not read the environment of a process that has confined itself.
-    """
-    found = True
-    deadline = time.monotonic() + _KILL_SECONDS
-    while found and time.monotonic() < deadline:
-        found = False
-        for name in os.listdir("/proc"):
-            if name.isdecimal() and any(mark in _read(f"/proc/{name}/{part}") for part in ("environ", "cmdline")):
-                with contextlib.suppress(OSError):
-                    os.kill(int(name), signal.SIGKILL)
-                    found = True
-
-
-def _read(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError:
-        return b""
+        kill_marked(self._mark.encode(), _KILL_SECONDS)
+        remove_tree(str(self._folder))

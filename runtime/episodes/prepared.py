@@ -99,8 +99,8 @@ class Prepared:
                 self._bury(opened)
                 self._losses += 1
                 self._opening = None
-                if opened.over_memory:
-                    self._opening = _settled(Outcome(ending="memory", during="batch"))
+                if opened.over is not None:
+                    self._opening = _settled(Outcome(ending=opened.over, during="batch"))
                 elif self._losses > LOSSES:
                     self._opening = _settled(Outcome(ending="lost", during="batch"))
 

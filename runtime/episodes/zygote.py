@@ -37,6 +37,7 @@ import threading
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -54,9 +55,17 @@ GONE_SECONDS = 3.0
 class Zygote:
     """Forks episodes, and reports the end of each once nothing of it is left."""
 
-    def __init__(self, control: socket.socket, folder: str, child: ModuleType, confinement: Any) -> None:
+    def __init__(
+        self,
+        control: socket.socket,
+        folder: str,
+        child: ModuleType,
+        confinement: Any,
+        remove_tree: Callable[[str], bool],
+    ) -> None:
         self._control = control
         self._child = child
+        self._remove_tree = remove_tree
         self._folder = folder
         self._confinement = confinement
         self._asked: tuple[Any, ...] | None = None
@@ -324,7 +333,7 @@ class Zygote:
                     return
                 with contextlib.suppress(BaseException):
                     self._prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-                    self._child.remove_tree(folder)
+                    self._remove_tree(folder)
                 os._exit(0)
 
     def _end(self) -> None:
@@ -333,8 +342,7 @@ class Zygote:
         self._running.clear()
         self._cleaners.clear()
         self._clear()
-        with contextlib.suppress(OSError):
-            self._child.remove_tree(self._folder)
+        self._remove_tree(self._folder)
 
     def _clear(self) -> None:
         """Sweep until nothing is left, or for as long as what was killed may take to be gone."""
@@ -432,6 +440,7 @@ def main() -> None:
         }
     )
     available = importlib.import_module("bascule_confine.available")
+    remove_tree = importlib.import_module("bascule_confine.removal").remove_tree
     found: dict[str, Any] = {"mechanisms": [], "missing": [], "landlock": 0}
     if not settings["unsafe"]:
         found = available.available(tuple(settings["without"]))
@@ -441,7 +450,8 @@ def main() -> None:
     gc.disable()
     gc.freeze()
     ready = {"op": "ready", "mechanisms": found["mechanisms"], "missing": found["missing"]}
-    Zygote(socket.socket(fileno=int(descriptor)), folder, child, confinement).serve(int(parent), ready)
+    control = socket.socket(fileno=int(descriptor))
+    Zygote(control, folder, child, confinement, remove_tree).serve(int(parent), ready)
 
 
 if __name__ == "__main__":

@@ -87,6 +87,7 @@ _LAYERS = {
     "timeout": "clock outside",
     "memory": "watch over memory",
     "disk": "watch over disk",
+    "processes": "watch over processes",
     "output": "watch over output",
     "output-limit": "watch over output",
 }

@@ -13,19 +13,24 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bascule.runtime.episodes import confinement, host
+from bascule.runtime.episodes.batch import Batch
+from bascule.runtime.episodes.broker import EpisodeSpec, run_episode
 from bascule.runtime.episodes.episode import Limits
 from bascule.runtime.episodes.host import EpisodeProcessError
 from bascule.runtime.episodes.pool import HarnessPool
 from bascule.schemas.harness import Harness, make_harness
+from bascule.schemas.trajectory import EpisodeError, Sampling
 from bascule.verifiers.privileges import SCORING_UID
 from bascule.verifiers.sandbox import plans
 from bascule.verifiers.sandbox.confine import seal
 from bascule.verifiers.sandbox.layered import mechanisms_here
 from tests import ordinary_user
+from tests.episodes.test_broker import CannedEngine
 from tests.episodes.test_pool import PATIENT, Heard, play
 
 ATTEMPTS = """
@@ -83,6 +88,7 @@ ALL = {
     *("secret by descriptor of the runtime", "environment of the runtime", "the runtime among the processes"),
     *("write beside the secret", "tcp", "udp", "unix", "abstract", "signal"),
 }
+NAMES = ["all", "no-namespaces", "unsafe"]
 LEAVING = """
 import ctypes, os, socket
 libc = ctypes.CDLL(None, use_errno=True)
@@ -110,6 +116,22 @@ def solve(example, model, tools, context):
 
 def harness(code: str) -> Harness:
     return make_harness({"harness.py": code, "system_prompt.md": "", "manifest.json": json.dumps({"name": "x"})})
+
+
+async def error_of(pool: HarnessPool, code: str, **manifest: Any) -> EpisodeError:
+    """What an episode ends by."""
+    text = json.dumps({"name": "x", "timeout_seconds": 60.0, **manifest})
+    spec = EpisodeSpec(
+        trajectory="g00-dev-0001-n0",
+        harness=make_harness({"harness.py": code, "system_prompt.md": "", "manifest.json": text}),
+        example={},
+        sampling=Sampling(),
+        seed=1,
+        batch=Batch(key="g00-dev") if manifest.get("isolation") == "batch" else None,
+    )
+    played = await run_episode(spec, CannedEngine(), pool, dict)
+    assert played.error is not None, played.answer
+    return played.error
 
 
 @pytest.fixture
@@ -223,6 +245,66 @@ def solve(example, model, tools, context):
     assert outcome.ending == "memory"
 
 
+# None goes on for ever: where it is not stopped, the test fails by the time limit, and the machine is whole.
+FILLING = {
+    "small files": "for n in range(4096): write(n, 1 << 14)",
+    "empty files": "for n in range(20_000): write(n, 0)",
+    "files in depth": "for n in range(100): os.mkdir('d' * 99); os.chdir('d' * 99); write(n, 1 << 19)",
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"without": ("namespaces",)}, {"unsafe": True}], ids=NAMES)
+@pytest.mark.parametrize("isolation", ["episode", "batch"])
+@pytest.mark.parametrize("how", FILLING)
+async def test_what_fills_the_disk_is_stopped(options: dict[str, Any], isolation: str, how: str) -> None:
+    code = f"""
+import os, time
+
+def write(number, size):
+    with open(str(number), 'wb') as file:
+        file.write(bytes(size))
+
+def solve(example, model, tools, context):
+    {FILLING[how]}
+    time.sleep(1000)
+"""
+    pool = HarnessPool(**options)
+    error = await error_of(pool, code, isolation=isolation, disk_mb=4)
+    await pool.close()
+    rooted = not options.get("unsafe") and mechanisms_here(options.get("without", ())).own_root
+    assert error.kind == "crash"
+    assert ("No space left on device" if rooted else "4 MiB of disk") in error.message
+
+
+@pytest.mark.parametrize("options", [{}, {"without": ("namespaces",)}, {"unsafe": True}], ids=NAMES)
+@pytest.mark.parametrize(
+    ("make", "refused"),
+    [
+        ("os.fork() or time.sleep(1000)", "Resource temporarily unavailable"),
+        ("threading.Thread(target=time.sleep, args=(1000,)).start()", "can't start new thread"),
+    ],
+    ids=["processes", "threads"],
+)
+async def test_who_makes_processes_or_threads_without_end_is_stopped(
+    options: dict[str, Any], make: str, refused: str
+) -> None:
+    code = f"""
+import os, threading, time
+
+def solve(example, model, tools, context):
+    threading.stack_size(1 << 16)
+    for _ in range(400):
+        {make}
+    time.sleep(1000)
+"""
+    pool = HarnessPool(**options)
+    error = await error_of(pool, code)
+    await pool.close()
+    here = () if options.get("unsafe") else mechanisms_here(options.get("without", ())).mechanisms
+    assert error.kind == "crash"
+    assert (refused if {seal.UID, seal.USER} & set(here) else "32 processes and threads") in error.message
+
+
 async def test_a_machine_that_offers_no_confinement_is_refused_unless_it_is_asked_to_be_unsafe() -> None:
     nothing = ("namespaces", "landlock", "seccomp")
     with pytest.raises(EpisodeProcessError, match="cannot be confined") as refused:
@@ -251,7 +333,7 @@ async def test_what_confines_is_told() -> None:
 
 def test_all_of_it_holds_for_an_ordinary_user() -> None:
     with ordinary_user.folder() as home:
-        chosen = "packages or reached or finds_nothing or runs_once or reach_one"
+        chosen = "packages or reached or finds_nothing or runs_once or reach_one or stopped"
         files = ("tests/episodes/test_confined.py", "tests/episodes/test_batch.py")
         ran = ordinary_user.run(
             [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, *files],

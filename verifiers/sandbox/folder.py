@@ -6,7 +6,6 @@ What the program left is hostile: no link is followed, nothing but plain files i
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import stat
 import sys
@@ -97,30 +96,58 @@ def take(folder: int, names: Iterable[str], most: int) -> dict[str, bytes]:
 def used(path: str, most: int) -> int:
     """Bytes that a tree occupies; what vanishes meanwhile counts no more.
 
+    A folder that its owner closed to itself is opened, since files lie in it all the same.
+
     Args:
         most: files and folders that there may be. A tree with more, or one so deep that its paths are too long for the
-            kernel, is not looked through: it occupies ``sys.maxsize``.
+            kernel, or with a folder that we cannot open, is not looked through: it occupies ``sys.maxsize``.
     """
-    total = entries_seen = 0
+    total = entries = 0
     waiting = [path]
     while waiting:
+        at = waiting.pop()
         try:
-            with os.scandir(waiting.pop()) as entries:
-                for entry in entries:
-                    entries_seen += 1
-                    if entries_seen > most:
-                        return sys.maxsize
-                    try:
-                        total += entry.stat(follow_symlinks=False).st_blocks * 512
-                        if entry.is_dir(follow_symlinks=False):
-                            waiting.append(entry.path)
-                    except OSError as e:
-                        if e.errno == errno.ENAMETOOLONG:
-                            return sys.maxsize
-        except OSError as e:
-            if e.errno == errno.ENAMETOOLONG:
-                return sys.maxsize
+            try:
+                found = _look(at, most - entries)
+            except PermissionError:
+                _open_up(at)
+                found = _look(at, most - entries)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError:
+            return sys.maxsize
+        if found is None:
+            return sys.maxsize
+        for size, inner in found:
+            entries += 1
+            total += size
+            if inner:
+                waiting.append(inner)
     return total
+
+
+def _look(path: str, most: int) -> list[tuple[int, str]] | None:
+    """What lies in a folder: bytes, and the path of what is a folder itself; None: more than ``most``."""
+    found: list[tuple[int, str]] = []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if len(found) >= most:
+                return None
+            try:
+                status = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            found.append((status.st_blocks * 512, entry.path if stat.S_ISDIR(status.st_mode) else ""))
+    return found
+
+
+def _open_up(path: str) -> None:
+    # By descriptor: whoever owns the folder may put a link in its place meanwhile.
+    folder = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.chmod(f"/proc/self/fd/{folder}", 0o700)
+    finally:
+        os.close(folder)
 
 
 def _open(name: str, flags: int, at: int) -> int:

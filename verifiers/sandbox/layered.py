@@ -110,7 +110,7 @@ class LayeredSandbox:
                 ),
                 box=launching.folders_of(box) if box else None,
                 root=root,
-                capabilities=0 if not root or _open_to_all(packages) else _to_read_all(),
+                capabilities=0 if _open_to_all(packages) else _to_read_all(),
                 forks=program.forks,
                 core=max(os.sched_getaffinity(0)) if program.pinned else None,
                 cuda=cuda,

@@ -1,6 +1,7 @@
 """Fills the disk: one large file, and many small ones in every folder that can be written to."""
 
 import os
+import time
 
 from trying import Nothing
 
@@ -29,6 +30,8 @@ def many(size):
             except OSError:
                 break
             if written >= 2 * size:
+                # Where no file system bounds it, it is measured from outside, now and then.
+                time.sleep(60)
                 return f"{size} MiB"
     raise Nothing(f"{written / 2:g} MiB and no more")
 

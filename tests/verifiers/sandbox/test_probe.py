@@ -9,6 +9,7 @@ import pytest
 
 from bascule.schemas.errors import ConfigError
 from bascule.schemas.sandbox import LAYERS, SandboxConfig, SandboxReport
+from bascule.verifiers.sandbox.confine import kernel
 from bascule.verifiers.sandbox.layered import LayeredSandbox
 from bascule.verifiers.sandbox.probe import choose, probe, require, unsafe_report
 from bascule.verifiers.sandbox.unsafe import UnsafeSandbox
@@ -73,7 +74,7 @@ def test_without_landlock_files_are_open_and_seccomp_still_holds_the_rest() -> N
     held = {canary.name for canary in report.canaries if canary.held}
     assert "files" not in report.holds
     # As root the program has another user id, and may be unable even to read the interpreter: then nothing is held.
-    if os.geteuid() != 0 and "seccomp" in report.mechanisms:
+    if not kernel.permitted_capabilities() and "seccomp" in report.mechanisms:
         assert {"network", "privileges", "memory", "disk", "time"} <= set(report.holds)
         assert {"signal-parent", "signal-other", "trace-other", "fork-where-forbidden", "outlive"} <= held
 

@@ -212,6 +212,21 @@ time.sleep(600)
     assert ran(sandbox, code).ending == "disk"
 
 
+@pytest.mark.parametrize("mode", [0, 0o300, 0o600])
+def test_what_lies_in_a_closed_folder_counts(mode: int) -> None:
+    # With an own root the file system counts.
+    sandbox = LayeredSandbox(without=("namespaces",))
+    code = f"""
+import os, time
+os.mkdir("closed")
+with open("closed/much", "wb") as file: file.write(bytes(8 << 20))
+with open("closed/more", "wb") as file: file.write(bytes(8 << 20))
+os.chmod("closed", {mode})
+time.sleep(600)
+"""
+    assert ran(sandbox, code, disk_mb=12).ending == "disk"
+
+
 @pytest.mark.parametrize("stream", [1, 2])
 def test_endless_output_is_cut_off(sandbox: LayeredSandbox, stream: int) -> None:
     result = ran(sandbox, f"import os\nwhile True: os.write({stream}, b'x' * 4096)", output_bytes=10_000)
