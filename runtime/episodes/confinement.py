@@ -16,7 +16,8 @@ from typing import Any
 # User ids, one for each running episode: far above those that are given to people and services one after the other, and
 # below the scorer's (``verifiers/privileges``) and those of programs (``verifiers/sandbox/plans``).
 FIRST_UID, UIDS = 57344, 3839
-DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+# Not /dev/zero: mapped, it gives memory that counts as nobody's.
+DEVICES = ("/dev/null", "/dev/full", "/dev/random", "/dev/urandom")
 PACKAGES = "/packages"
 WORK, SHARED_MEMORY = "/tmp", "/dev/shm"  # noqa: S108
 INODES = 16384

@@ -20,7 +20,8 @@ SCRATCH = (WORK, "/tmp", "/dev/shm")  # noqa: S108
 _MIB = 1 << 20
 # Libraries reserve more than they use; what is resident is watched from outside.
 _ADDRESS_SPACE = 2 << 30
-_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+# Not /dev/zero: mapped, it gives memory that counts as nobody's.
+_DEVICES = ("/dev/null", "/dev/full", "/dev/random", "/dev/urandom")
 
 
 class Mechanisms(msgspec.Struct, frozen=True):
@@ -62,7 +63,7 @@ def limits(
         processes: None: not bounded.
         devices: CUDA reserves more address space than there is memory.
     """
-    bounds = {"cpu_seconds": int(seconds * cores) + 10, "file_bytes": disk_mb * _MIB, "open_files": 1024}
+    bounds = {"cpu_seconds": int(seconds * cores) + 10, "file_bytes": disk_mb * _MIB, "open_files": 128}
     if not devices:
         bounds["address_space"] = 2 * memory_mb * _MIB + _ADDRESS_SPACE
     if processes is not None:

@@ -3,6 +3,7 @@
 import builtins
 import contextlib
 import ctypes
+import mmap
 import os
 
 import attack
@@ -10,6 +11,10 @@ from trying import tokens
 
 KEPT = []
 SIZE = 64
+try:
+    COMMON = mmap.mmap(-1, SIZE)
+except OSError:
+    COMMON = bytearray(SIZE)
 
 
 def shared(key, create):
@@ -34,7 +39,7 @@ def places(example, context):
 
 def remembered(example, context):
     found = b"".join(KEPT) + repr(getattr(builtins, "kept", "")).encode() + repr(context.prepared).encode()
-    found += repr(dict(os.environ)).encode() + repr(attack.kept).encode()
+    found += repr(dict(os.environ)).encode() + repr(attack.kept).encode() + bytes(COMMON)
     for place in places(example, context):
         try:
             for root, _, names in os.walk(place):
@@ -52,6 +57,7 @@ def remembered(example, context):
 def keep(example, context):
     item = example["item"].encode()
     KEPT.append(item)
+    COMMON[: min(len(item), SIZE)] = item[:SIZE]
     builtins.kept = attack.kept = os.environ["KEPT"] = example["item"]
     if isinstance(context.prepared, dict):
         context.prepared["kept"] = example["item"]

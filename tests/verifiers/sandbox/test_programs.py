@@ -227,6 +227,34 @@ time.sleep(600)
     assert ran(sandbox, code, disk_mb=12).ending == "disk"
 
 
+def test_memory_that_would_count_as_nobodys_cannot_be_had(sandbox: LayeredSandbox) -> None:
+    code = """
+import json, mmap, os, socket
+def by(action):
+    try: action()
+    except OSError as e: return type(e).__name__
+    return "had"
+def zero():
+    with open("/dev/zero", "r+b") as file: mmap.mmap(file.fileno(), 4096)
+def kept():
+    with open("kept", "w+b") as file:
+        file.truncate(4096)
+        with mmap.mmap(file.fileno(), 4096) as m: m[:4] = b"kept"
+        assert file.read(4) == b"kept"
+a, b = socket.socketpair()
+print(json.dumps([
+    by(lambda: mmap.mmap(-1, 4096)), by(zero),
+    *(by(lambda: a.setsockopt(socket.SOL_SOCKET, option, 1 << 20)) for option in (socket.SO_SNDBUF, 32)),
+    by(lambda: a.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)),
+    by(lambda: mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)), by(kept),
+]))
+"""
+    refused = told(ran(sandbox, code))
+    assert refused[0] == "PermissionError"
+    assert refused[1] in ("FileNotFoundError", "PermissionError")
+    assert refused[2:] == ["PermissionError", "PermissionError", "had", "had", "had"]
+
+
 @pytest.mark.parametrize("stream", [1, 2])
 def test_endless_output_is_cut_off(sandbox: LayeredSandbox, stream: int) -> None:
     result = ran(sandbox, f"import os\nwhile True: os.write({stream}, b'x' * 4096)", output_bytes=10_000)

@@ -88,6 +88,12 @@ UNCOUNTED_MEMORY = {
     "semget": (64, 190),
     "mq_open": (240, 180),
 }
+# The same of anonymous memory that is shared, of which a process can let go while another keeps it, or itself.
+MMAP = (9, 222)
+_FLAGS, _SHARED, _ANONYMOUS = 40, 0x01, 0x20
+# What waits in sockets is nobody's either, and is bounded by their number if their size may not be chosen.
+SETSOCKOPT = (54, 208)
+_LEVEL, _OPTION, _SOL_SOCKET, _SEND_BUFFERS = 24, 32, 1, (7, 32)
 NEW_GROUPS = {"setsid": (112, 157), "setpgid": (109, 154)}
 AFFINITY = {"sched_setaffinity": (203, 122)}
 # With a process id as the first argument.
@@ -158,6 +164,24 @@ def program(
                 (_RETURN, 0, 0, _ERROR | errno.EPERM),
                 (_RETURN, 0, 0, _ALLOW),
             ]
+    if not devices:
+        steps += [
+            (_EQUAL, 0, 5, MMAP[column]),
+            (_LOAD, 0, 0, _FLAGS),
+            (_ANY_BIT, 0, 2, _ANONYMOUS),
+            (_ANY_BIT, 0, 1, _SHARED),
+            (_RETURN, 0, 0, _ERROR | errno.EPERM),
+            (_RETURN, 0, 0, _ALLOW),
+        ]
+    steps += [
+        (_EQUAL, 0, 7, SETSOCKOPT[column]),
+        (_LOAD, 0, 0, _LEVEL),
+        (_EQUAL, 0, 3, _SOL_SOCKET),
+        (_LOAD, 0, 0, _OPTION),
+        *((_EQUAL, after, 0, option) for after, option in zip((2, 1), _SEND_BUFFERS, strict=True)),
+        (_RETURN, 0, 0, _ALLOW),
+        (_RETURN, 0, 0, _ERROR | errno.EPERM),
+    ]
     # glibc makes a thread or process by clone where clone3, whose flags a filter cannot read, is not there.
     absent.append(CLONE3[column])
     for number, error in [(n, errno.EPERM) for n in denied] + [(n, errno.ENOSYS) for n in absent]:
