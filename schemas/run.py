@@ -42,6 +42,12 @@ class PluginChoice(msgspec.Struct, frozen=True, kw_only=True):
     params: dict[str, Any] = {}
 
 
+def task_label(task: PluginChoice) -> str:
+    """What people call a task: its name, or that of the user's file or folder that it is."""
+    path = task.params.get("path") if task.name in ("own", "sia-dir") else None
+    return (path.rstrip("/").rpartition("/")[2] if isinstance(path, str) else "") or task.name
+
+
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that a run was asked to do.
 

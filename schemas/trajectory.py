@@ -114,6 +114,12 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     error: EpisodeError | None = None
 
 
+#: The most that a reward may be, either way: sums and squares of such are still good to compare and to train on.
+MOST_REWARD = 1e9
+#: The most step rewards of a verdict: as many as an episode can have model calls.
+MOST_STEPS = 4096
+
+
 class Scored(msgspec.Struct, frozen=True, kw_only=True, tag="scored", omit_defaults=True):
     """A verifier's verdict.
 

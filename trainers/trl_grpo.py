@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from bascule.plugins.algorithm import Credit, Group, Requires, Stream, Trained, TrainWork
 from bascule.plugins.algorithms.grpo import Grpo
+from bascule.plugins.extras import install_command
 from bascule.plugins.hookspecs import hookimpl
 from bascule.plugins.registry import Registry
 from bascule.schemas.errors import ConfigError, TrainError
@@ -185,7 +186,7 @@ def _run(
     except ImportError as error:
         raise ConfigError(
             f"The algorithm trl-grpo needs TRL, which cannot be imported: {error}.",
-            next_step='Install it with pip install "bascule[trl]", or choose the algorithm grpo.',
+            next_step=f"Choose the algorithm grpo, or install it: {install_command('trl')}",
         ) from error
 
     trl: Any = untyped

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -69,6 +70,10 @@ class Lost(Exception):
     """A process crashed, hung or spoke nonsense; says which of them."""
 
 
+#: Seconds that a process has to end in after its output has.
+_END = 5.0
+
+
 class FramedProcess:
     """A process that answers each frame on its standard input with one on its standard output.
 
@@ -115,8 +120,12 @@ class FramedProcess:
             await self.kill()
             raise Lost(f"{self.name} gave no answer within {seconds:g} s.") from None
         except (OSError, EOFError, msgspec.DecodeError) as e:
-            await self.kill()
-            raise Lost(f"{self.name} ended or broke its protocol ({type(e).__name__}).") from e
+            try:
+                status = None if isinstance(e, msgspec.DecodeError) else await self._ended()
+            finally:
+                await self.kill()
+            how = f"broke its protocol ({type(e).__name__})" if status is None else f"ended by itself ({_said(status)})"
+            raise Lost(f"{self.name} {how}.") from e
         except BaseException:
             # The answer may still come: a process that owes one must not meet the next request.
             await self.kill()
@@ -132,6 +141,16 @@ class FramedProcess:
         if size > MAX_FRAME:
             raise EOFError
         return await process.stdout.readexactly(size)
+
+    async def _ended(self) -> int | None:
+        """How the process ended, where it did so without being told to."""
+        if self._process is None:
+            return None
+        try:
+            async with asyncio.timeout(_END):
+                return await self._process.wait()
+        except TimeoutError:
+            return None
 
     async def kill(self) -> None:
         """End it, if it runs, and wait for that."""
@@ -161,6 +180,16 @@ class FramedProcess:
                 cancelled = e
         if cancelled is not None:
             raise cancelled
+
+
+def _said(status: int) -> str:
+    """An exit status in words; negative ones are signals."""
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        return signal.Signals(-status).name
+    except ValueError:
+        return f"signal {-status}"
 
 
 def where(error: BaseException) -> str:

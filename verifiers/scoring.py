@@ -26,6 +26,8 @@ ENVIRONMENT = (
 )
 ENVIRONMENT_PREFIX = "PIP_"
 TRIES = 2
+#: Requests in a row that may lose the process; later ones get a single try each, until there is a verdict again.
+PATIENCE = 3
 
 
 class Scorer:
@@ -33,7 +35,9 @@ class Scorer:
 
     Where the task's scorer runs programs, a second process makes the sandboxes that they run in. One that crashes or
     hangs is killed with the other and both are started again, and the request that it held is tried once more; after
-    that the request is Unscored. Any number of calls may wait at once. As a context it starts and closes itself.
+    that the request is Unscored. After three such requests in a row each has one try, until there is a verdict again:
+    what ends a process may be one candidate's answers, so no request goes without a try. Any number of calls may wait
+    at once. As a context it starts and closes itself.
 
     Args:
         task: name of the task plugin.
@@ -42,12 +46,14 @@ class Scorer:
         report: what the sandbox of this machine is known to hold; probed at the start if it is None.
         timeout: seconds for one verdict, counted while the process works on it; by default what the private face says.
         start_timeout: seconds for opening the private face, which may fetch data.
+        tries: how often a request that loses the process is made.
 
     Attributes:
         restarts: how many times the processes were started again.
         episodes: the task's scorer scores whole episodes; known once it is started.
         report: what the sandbox holds that programs run in, once it is started; None if the task runs none.
         uid: whose process the scoring process is, once it is started.
+        lost: why the last request has no verdict, if it lost the process; else empty.
     """
 
     #: Arguments of the interpreter; -P keeps the working folder off the path.
@@ -65,12 +71,16 @@ class Scorer:
         report: SandboxReport | None = None,
         timeout: float | None = None,
         start_timeout: float = 600.0,
+        tries: int = TRIES,
     ) -> None:
         self._opening = Open(task=task, params=params)
         self._sandbox = sandbox if sandbox is not None else SandboxConfig()
         self._open = False
         self._timeout = timeout
         self.start_timeout = start_timeout
+        self._tries = tries
+        self._losses = 0
+        self.lost = ""
         self.restarts = 0
         self.episodes = False
         self.report: SandboxReport | None = None
@@ -130,16 +140,20 @@ class Scorer:
                 data = frame(request)
             except (ValueError, UnicodeEncodeError) as e:
                 return Unscored(reason=f"The episode cannot be sent to the scorer: {e}")
-            reason = ""
-            for _ in range(TRIES):
+            tries = self._tries if self._losses < PATIENCE else 1
+            for _ in range(tries):
                 try:
                     if self._scoring.pid is None:
                         self.restarts += 1
                         await self._launch()
-                    return await self._exchange(request.id, data)
+                    verdict = await self._exchange(request.id, data)
                 except (Lost, ScoringError) as e:
-                    reason = str(e)
-            return Unscored(reason=f"Tried {TRIES} times: {reason}")
+                    self.lost = str(e)
+                else:
+                    self.lost, self._losses = "", 0
+                    return verdict
+            self._losses += 1
+            return Unscored(reason=f"Tried {'once' if tries == 1 else f'{tries} times'}: {self.lost}")
 
     async def close(self) -> None:
         """End the processes; calls that wait get a ScoringError."""

@@ -27,7 +27,7 @@ from bascule.plugins.loader import plugins
 from bascule.plugins.task import PrivateFace, RunsPrograms, ScoresEpisodes
 from bascule.schemas.errors import BasculeError
 from bascule.schemas.events import Split
-from bascule.schemas.trajectory import ModelCall, Scored, Trajectory, Unscored, Verdict
+from bascule.schemas.trajectory import MOST_REWARD, MOST_STEPS, ModelCall, Scored, Trajectory, Unscored, Verdict
 from bascule.verifiers.frames import Refused, frame, own_streams, read_frame, where
 from bascule.verifiers.privileges import die_with, drop, shield
 from bascule.verifiers.sandbox.served import ServedPrograms
@@ -87,13 +87,16 @@ def judge(face: PrivateFace, request: Request) -> Verdict:
             verdict = face.score_episode(request.split, request.example, episode)
         else:
             verdict = face.score(request.split, request.example, request.answer)
-    except Exception as e:
+    except (Exception, SystemExit, KeyboardInterrupt) as e:
+        # Both would end the process, which has a session of its own and no terminal: the scorer itself raised them.
         return Unscored(reason=f"The scorer failed: {where(e)}.")
     if isinstance(verdict, Unscored):
         return verdict
     if not isinstance(verdict, Scored):
         return Unscored(reason=f"The scorer returned a {type(verdict).__name__}, which is no verdict.")
     try:
+        if len(verdict.steps) > MOST_STEPS:
+            return Unscored(reason=f"The scorer gave {len(verdict.steps)} step rewards; there can be {MOST_STEPS}.")
         reward, *steps = map(float, (verdict.reward, *verdict.steps))
         # A scorer's numpy scalars would not encode.
         passed = None if verdict.passed is None else bool(verdict.passed)
@@ -103,6 +106,8 @@ def judge(face: PrivateFace, request: Request) -> Verdict:
     odd = [r for r in (reward, *steps) if not math.isfinite(r)]
     if odd:
         return Unscored(reason=f"The scorer gave the reward {odd[0]}, which is not finite.")
+    if any(abs(r) > MOST_REWARD for r in (reward, *steps)):
+        return Unscored(reason=f"The scorer gave a reward beyond {MOST_REWARD:,.0f}, which is the most there can be.")
     checked = Scored(reward=reward, passed=passed, well_formed=well_formed, steps=tuple(steps))
     return checked if request.episode is None else fitting(checked, request.episode)
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bascule.plugins.algorithm import Credit, Group, Requires, Sample, Stream
+from bascule.plugins.extras import install_command
 from bascule.schemas.trajectory import ModelCall, Output, Sampling, Trajectory, pack_floats, pack_ids
 from bascule.trainers.base_model import DEFAULT_MODEL, load_model, load_tokenizer, resolve_model
 from ops.bench.report import Figure, figure
@@ -117,7 +118,7 @@ class Fixed:
 def run(settings: Sequence[Setting] = SETTINGS, steps: int = STEPS) -> tuple[dict[str, Figure], list[str]]:
     """Measure every setting, with TRL's defaults and again with its gradient checkpointing off."""
     if importlib.util.find_spec("trl") is None:
-        sys.exit('This benchmark compares with TRL, which is not installed: pip install "bascule[trl]".')
+        sys.exit(f"This benchmark compares with TRL, which is not installed: {install_command('trl')}")
     os.environ["OMP_NUM_THREADS"] = str(THREADS)
     figures: dict[str, Figure] = {}
     notes: list[str] = []

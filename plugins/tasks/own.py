@@ -14,6 +14,10 @@ and, if wanted, ``verify_episode(item, answer, calls)`` for step rewards, ``tool
 ``harness/``), ``PROMPT``, ``PARAMS`` of the general harness, ``ALLOWS``, ``BASELINES``, ``DEFAULTS``, ``NAME``,
 ``LICENCE``, ``SOURCE`` and ``MAX_ANSWER_TOKENS``.
 
+A reward is a number between -1e9 and 1e9, best between 0 and 1: what has no answer gets 0. A NumPy scalar, or an array
+of one element, is what it holds. Loading the file, each ``items(split)`` and each baseline has 120 seconds, ``verify``
+60.
+
 Its truths stand in the file, so they are wherever it is loaded: in the runtime and in the scoring process. They never
 enter the sandbox, a prompt or the log. The file's hash is part of the version, so a run notices when it has changed.
 """
@@ -22,7 +26,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +36,20 @@ import msgspec
 
 from bascule.plugins.task import Baseline, Example, PrivateFace, PublicFace, Tool
 from bascule.plugins.tasks.harness_files import reference_files
-from bascule.plugins.tasks.own_file import SPLITS, Source, code_file, digest, read
+from bascule.plugins.tasks.own_file import SPLITS, Source, called, code_file, digest, read, wrong
 from bascule.plugins.tasks.splits import best_constant, constant_baseline, rule_baseline
 from bascule.schemas.errors import ConfigError
 from bascule.schemas.events import Split
-from bascule.schemas.trajectory import ModelCall, Scored, ToolCall, Trajectory, Verdict
+from bascule.schemas.trajectory import (
+    MOST_REWARD,
+    MOST_STEPS,
+    ModelCall,
+    Scored,
+    ToolCall,
+    Trajectory,
+    Unscored,
+    Verdict,
+)
 
 NAME = "own"
 #: The least that a true answer of train must be able to have, in tokens.
@@ -59,44 +74,108 @@ def text_of(answer: Any) -> str:
     return answer if isinstance(answer, str) else msgspec.json.encode(answer).decode()
 
 
-def verdict(given: Any, levels: Sequence[str] = ()) -> Scored:
+class _NoVerdict(Exception):
+    """What ``verify`` gave is no verdict; says so with types and names of fields alone, never with what they hold."""
+
+
+def verdict(given: Any, levels: Sequence[str] = ()) -> Verdict:
     """What ``verify`` gave, as a verdict.
 
-    Raises:
-        TypeError: it is none of what it may be.
-        ValueError: a level that there is not, or a number that is not finite.
+    Returns:
+        Unscored where it is none of what it may be: a level that there is not, a number that is not finite or beyond
+        ``MOST_REWARD``. The reason names types and fields, and nothing that may hold a truth.
     """
+    try:
+        return _scored(given, levels)
+    except _NoVerdict as e:
+        return Unscored(reason=f"verify returned {e}.")
+
+
+def _scored(given: Any, levels: Sequence[str]) -> Scored:
     if given is None:
         return Scored(reward=0.0, passed=False, well_formed=False)
-    if isinstance(given, str):
-        if given not in levels:
-            raise ValueError("the level is not in LEVELS")
-        rank = list(levels).index(given)
-        return Scored(reward=rank / max(len(levels) - 1, 1), passed=rank == len(levels) - 1)
     if isinstance(given, Mapping):
-        base = verdict(given["reward"], levels)
+        if "reward" not in given:
+            raise _NoVerdict("a dict without a reward")
+        base = _rewarded(given["reward"], levels, " as the reward of a dict")
+        passed = given.get("passed")
         return Scored(
             reward=base.reward,
-            passed=base.passed if given.get("passed") is None else bool(given["passed"]),
-            well_formed=base.well_formed and bool(given.get("well_formed", True)),
-            steps=tuple(_finite(step) for step in given.get("steps", ())),
+            passed=base.passed if passed is None else _truth(passed, "passed"),
+            well_formed=_truth(given.get("well_formed", True), "well_formed"),
+            steps=_steps(given.get("steps", ())),
         )
-    if type(given).__name__ in ("bool", "bool_"):
-        return Scored(reward=float(given), passed=bool(given))
-    return Scored(reward=_finite(given))
+    return _rewarded(given, levels, "")
 
 
-def _finite(given: Any) -> float:
-    number = float(given)
-    if not math.isfinite(number):
-        raise ValueError("the reward is not finite")
+def _rewarded(given: Any, levels: Sequence[str], where: str) -> Scored:
+    """A rank, a truth value or a number."""
+    if isinstance(given, str):
+        if given not in levels:
+            known = f"which is none of the {len(levels)} LEVELS" if levels else "and there are no LEVELS"
+            raise _NoVerdict(f"a str{where}, {known}")
+        rank = list(levels).index(given)
+        return Scored(reward=rank / max(len(levels) - 1, 1), passed=rank == len(levels) - 1)
+    given = _element(given, where)
+    if isinstance(given, bool):
+        return Scored(reward=float(given), passed=given)
+    return Scored(reward=_number(given, where))
+
+
+def _element(given: Any, where: str) -> Any:
+    """What a NumPy scalar, or an array or tensor of one element, holds; anything else as it is."""
+    if not callable(getattr(given, "item", None)):
+        return given
+    try:
+        return given.item()
+    except Exception:
+        raise _NoVerdict(f"{_a(given)}{where} of more or less than one element") from None
+
+
+def _number(given: Any, where: str) -> float:
+    if not hasattr(type(given), "__float__") and not hasattr(type(given), "__index__"):
+        raise _NoVerdict(f"{_a(given)}{where}")
+    try:
+        number = float(given)
+    except OverflowError:
+        number = math.inf
+    except Exception as e:
+        raise _NoVerdict(f"{_a(given)}{where} that is no number ({type(e).__name__})") from None
+    if math.isnan(number):
+        raise _NoVerdict(f"NaN{where}")
+    if abs(number) > MOST_REWARD:
+        raise _NoVerdict(f"a number{where} beyond {MOST_REWARD:,.0f}")
     return number
+
+
+def _truth(given: Any, field: str) -> bool:
+    try:
+        return bool(given)
+    except Exception as e:
+        raise _NoVerdict(f"a dict whose {field} is {_a(given)} without a truth value ({type(e).__name__})") from None
+
+
+def _steps(given: Any) -> tuple[float, ...]:
+    where = " as the reward of a step"
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        raise _NoVerdict(f"a dict whose steps are {_a(given)}, not a list")
+    steps = tuple(islice(given, MOST_STEPS + 1))
+    if len(steps) > MOST_STEPS:
+        raise _NoVerdict(f"a dict with more than {MOST_STEPS} steps")
+    return tuple(_number(_element(step, where), where) for step in steps)
+
+
+def _a(given: Any) -> str:
+    """The type's name with its article."""
+    name = type(given).__name__[:40]
+    return f"an {name}" if name[:1].lower() in "aeiou" else f"a {name}"
 
 
 class OwnPrivate:
     """Scores with the file's ``verify``; opened in the scoring process only."""
 
     def __init__(self, source: Source) -> None:
+        self._file = code_file(source.path)
         self._verify: Callable[..., Any] = source.module.verify
         self._levels = tuple(getattr(source.module, "LEVELS", ()))
         self._items = {(split, item.id): item for split in SPLITS for item in source.items[split]}
@@ -111,10 +190,23 @@ class OwnPrivate:
 
         Raises:
             KeyError: the split has no such item.
-            Exception: whatever ``verify`` raises; the trajectory is then unscored.
         """
         item = self.item(split, example)
-        return verdict(None) if answer is None else verdict(self._verify(item, answer), self._levels)
+        return verdict(None) if answer is None else self._judged("verify", lambda: self._verify(item, answer))
+
+    def _judged(self, name: str, work: Callable[[], Any]) -> Verdict:
+        """What a function of the file makes of an answer; Unscored where it fails, with the file's line and no text."""
+        try:
+            given = work()
+        except (Exception, SystemExit, KeyboardInterrupt) as e:
+            frames = traceback.extract_tb(e.__traceback__)
+            lines = [f.lineno for f in frames if f.filename == str(self._file)]
+            place = f", line {lines[-1]}" if lines else ""
+            return Unscored(reason=f"{name} failed: {type(e).__name__} at {self._file.name}{place}.")
+        found = verdict(given, self._levels)
+        if isinstance(found, Unscored):
+            return Unscored(reason=f"{found.reason.replace('verify', name, 1)[:-1]} ({self._file.name}).")
+        return found
 
 
 class OwnEpisodesPrivate(OwnPrivate):
@@ -131,13 +223,12 @@ class OwnEpisodesPrivate(OwnPrivate):
 
         Raises:
             KeyError: the split has no such item.
-            Exception: whatever ``verify_episode`` raises; the trajectory is then unscored.
         """
         item = self.item(split, example)
         calls = [c for step in episode.steps if (c := _call(step)) is not None]
         if episode.answer is None:
             return Scored(reward=0.0, passed=False, well_formed=False, steps=(0.0,) * sum("model" in c for c in calls))
-        return verdict(self._verify_episode(item, episode.answer, calls), self._levels)
+        return self._judged("verify_episode", lambda: self._verify_episode(item, episode.answer, calls))
 
 
 def _call(step: Any) -> dict[str, Any] | None:
@@ -215,18 +306,25 @@ class Own:
 
     def tools(self, example: Example) -> Mapping[str, Tool]:
         """What ``tools(item)`` gives for the item without its answer; plain functions are called with the arguments."""
-        make = getattr(self._source().module, "tools", None)
+        source = self._source()
+        make = getattr(source.module, "tools", None)
         if make is None:
             return {}
-        item = {"id": example.id, "input": example.input, **example.input}
-        return {name: _tool(function) for name, function in make(item).items()}
+        file, item = code_file(source.path), {"id": example.id, "input": example.input, **example.input}
+        given = called(file, "in tools(item)", lambda: make(item))
+        if not isinstance(given, Mapping):
+            raise wrong(file, f"gives {_a(given)} in tools(item), not a dict of functions by name")
+        if odd := [str(name) for name, function in given.items() if not callable(function)]:
+            raise wrong(file, f"gives the tool {odd[0]!r} in tools(item) as no function")
+        return {str(name): _tool(function) for name, function in given.items()}
 
     def baselines(self, public: PublicFace) -> Sequence[Baseline]:
         """The best constant of train, and those of ``BASELINES``: functions of an item without its answer, by name."""
-        rules: dict[str, Callable[[dict[str, Any]], str]] = self._setting("BASELINES", {}, dict)
+        rules: dict[str, Callable[[dict[str, Any]], Any]] = self._setting("BASELINES", {}, dict)
+        file = code_file(self._source().path)
         return (
             constant_baseline("best-constant", public, best_constant(public)),
-            *(rule_baseline(name, public, _rule(rule)) for name, rule in rules.items()),
+            *(_baseline(file, name, public, rule) for name, rule in rules.items()),
         )
 
     def defaults(self) -> dict[str, Any]:
@@ -234,8 +332,22 @@ class Own:
         return {"evaluation": {"train_groups": 16, "train_samples": 4}, "max_generations": 2, **defaults}
 
 
-def _rule(rule: Callable[[dict[str, Any]], Any]) -> Callable[[Example], str]:
-    return lambda example: str(rule({"id": example.id, "input": example.input, **example.input}))
+def _baseline(file: Path, name: str, public: PublicFace, rule: Callable[[dict[str, Any]], Any]) -> Baseline:
+    """What a rule of ``BASELINES`` says to every item.
+
+    Raises:
+        ConfigError: it fails, or gives None.
+    """
+    if not callable(rule):
+        raise wrong(file, f"has BASELINES[{name!r}], which is no function")
+
+    def said(example: Example) -> str:
+        given = rule({"id": example.id, "input": example.input, **example.input})
+        if given is None:
+            raise wrong(file, f"gives no answer to {example.id!r} in BASELINES[{name!r}]")
+        return str(given)
+
+    return called(file, f"in BASELINES[{name!r}]", lambda: rule_baseline(str(name), public, said))
 
 
 def _tool(function: Callable[..., Any]) -> Tool:

@@ -7,13 +7,15 @@ and in the scoring process, never in the sandbox.
 from __future__ import annotations
 
 import hashlib
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -24,7 +26,14 @@ from bascule.schemas.events import Split
 SPLITS: tuple[Split, ...] = ("train", "dev", "sealed")
 MOST_BYTES = 64 * 1024 * 1024
 HINT = "`bascule tasks new PATH` writes a file that works."
+#: Seconds that one call of the file's code may take while the task is loaded.
+LOAD_SECONDS = 120.0
 _LEFT_OUT = ("__pycache__", ".git")
+T = TypeVar("T")
+
+
+class _TooLong(BaseException):
+    """The file's code took too long; nothing but :func:`called` may catch it."""
 
 
 class Item(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,12 +124,12 @@ def _read(path: Path, sha256: str) -> Source:
     file = code_file(path)
     module = _run(file)
     if not callable(getattr(module, "verify", None)):
-        raise _wrong(file, "defines no function verify(item, answer)")
+        raise wrong(file, "defines no function verify(item, answer)")
     description = getattr(module, "DESCRIPTION", None)
     if path.is_dir() and description is None and (path / "description.md").is_file():
         description = (path / "description.md").read_text(encoding="utf-8")
     if not isinstance(description, str) or not description.strip():
-        raise _wrong(file, "has no DESCRIPTION, a text that says what is asked for")
+        raise wrong(file, "has no DESCRIPTION, a text that says what is asked for")
     items = {split: _items(path, file, module, split) for split in SPLITS}
     _disjoint(file, items)
     return Source(
@@ -130,7 +139,7 @@ def _read(path: Path, sha256: str) -> Source:
         module=module,
         items=items,
         harness=_harness(path, file, module),
-        allows=_converted(file, "ALLOWS", getattr(module, "ALLOWS", {}), Allows),
+        allows=_allows(file, module),
     )
 
 
@@ -142,59 +151,86 @@ def _run(file: Path) -> ModuleType:
         source = file.read_text(encoding="utf-8")
         code = compile(source, str(file), "exec", dont_inherit=True)
     except SyntaxError as e:
-        raise _wrong(file, f"does not parse: {e.msg}", e.lineno) from e
+        raise wrong(file, f"does not parse: {e.msg}", e.lineno) from e
     except (UnicodeDecodeError, ValueError) as e:
-        raise _wrong(file, f"is no Python text: {e}") from e
+        raise wrong(file, f"is no Python text: {e}") from e
     # A dataclass of the file looks its module up by name.
     sys.modules[module.__name__] = module
-    try:
-        exec(code, module.__dict__)  # noqa: S102
-    except (Exception, SystemExit) as e:
-        raise _failed(file, "fails when it is loaded", e) from e
+    called(file, "when it is loaded", lambda: exec(code, module.__dict__))  # noqa: S102
     return module
+
+
+def called(file: Path, what: str, work: Callable[[], T]) -> T:
+    """What ``work``, a call of the file's code, gives; in the main thread it is bounded by ``LOAD_SECONDS``.
+
+    The call stays in the caller's thread, since what it makes (a connection to a database) may be tied to that.
+
+    Args:
+        what: says which call it is, after ``fails`` or ``is not done``: ``in items('train')``.
+
+    Raises:
+        ConfigError: it fails, ends the process or takes too long; names the file's line that was under way.
+    """
+    bounded = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGALRM, _too_long) if bounded else None
+    left = signal.setitimer(signal.ITIMER_REAL, LOAD_SECONDS)[0] if bounded else 0.0
+    try:
+        try:
+            return work()
+        finally:
+            if bounded:
+                signal.setitimer(signal.ITIMER_REAL, left)
+                signal.signal(signal.SIGALRM, signal.SIG_DFL if before is None else before)
+    except _TooLong as e:
+        raise wrong(file, f"is not done after {LOAD_SECONDS:g} s {what}", _line(file, e)) from None
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as e:
+        raise failed(file, f"fails {what}", e) from e
+
+
+def _too_long(*_: object) -> None:
+    raise _TooLong
 
 
 def _items(path: Path, file: Path, module: ModuleType, split: Split) -> tuple[Item, ...]:
     listed = path / f"{split}.jsonl"
     if callable(getattr(module, "items", None)):
-        try:
-            given = list(module.items(split))
-        except (Exception, SystemExit) as e:
-            raise _failed(file, f"fails in items({split!r})", e) from e
+        given = called(file, f"in items({split!r})", lambda: list(module.items(split)))
     elif path.is_dir() and listed.is_file():
         given = []
         for number, text in enumerate(listed.read_text(encoding="utf-8").splitlines(), 1):
             try:
                 given += [msgspec.json.decode(text)] if text.strip() else []
             except msgspec.DecodeError as e:
-                raise _wrong(listed, f"is no JSON object: {e}", number) from e
+                raise wrong(listed, f"is no JSON object: {e}", number) from e
     else:
         more = f", and there is no {listed}" if path.is_dir() else ""
-        raise _wrong(file, f"defines no function items(split){more}")
+        raise wrong(file, f"defines no function items(split){more}")
     if not given:
-        raise _wrong(file, f"has no items in the split {split}")
+        raise wrong(file, f"has no items in the split {split}")
     return tuple(_item(file, split, number, one) for number, one in enumerate(given))
 
 
 def _item(file: Path, split: Split, number: int, given: Any) -> Item:
     what = f"item {number} of {split}"
     if not isinstance(given, Mapping):
-        raise _wrong(file, f"gives {what} as {type(given).__name__}, not as a dict")
+        raise wrong(file, f"gives {what} as {type(given).__name__}, not as a dict")
     inputs = given.get("input", {"question": given["question"]} if "question" in given else None)
     identity = given.get("id", f"{split}-{number}")
     if not isinstance(inputs, Mapping) or not inputs:
-        raise _wrong(file, f"gives {what} neither a question nor a dict input")
+        raise wrong(file, f"gives {what} neither a question nor a dict input")
     if not isinstance(identity, str) or not identity:
-        raise _wrong(file, f"gives {what} the id {identity!r}, which is no text")
+        raise wrong(file, f"gives {what} the id {identity!r}, which is no text")
     if given.get("answer") is None:
-        raise _wrong(file, f"gives {what} no answer")
+        raise wrong(file, f"gives {what} no answer")
     unknown = sorted(set(given) - {"id", "group", "question", "input", "answer"})
     if unknown:
-        raise _wrong(file, f"gives {what} the unknown field {unknown[0]!r}; what agents may see belongs into input")
+        raise wrong(file, f"gives {what} the unknown field {unknown[0]!r}; what agents may see belongs into input")
     try:
         plain = msgspec.json.decode(msgspec.json.encode((inputs, given["answer"])))
     except (TypeError, ValueError) as e:
-        raise _wrong(file, f"gives {what} something that JSON cannot hold: {e}") from e
+        raise wrong(file, f"gives {what} something that JSON cannot hold: {e}") from e
     return Item(id=identity, group=str(given.get("group", identity)), input=plain[0], answer=plain[1])
 
 
@@ -204,11 +240,11 @@ def _disjoint(file: Path, items: Mapping[Split, tuple[Item, ...]]) -> None:
     for split, found in items.items():
         for item in found:
             if item.id in seen:
-                raise _wrong(file, f"has two items with the id {item.id!r}, in {seen[item.id]} and {split}")
+                raise wrong(file, f"has two items with the id {item.id!r}, in {seen[item.id]} and {split}")
             seen[item.id] = split
             if groups.setdefault(item.group, split) != split:
                 where = f"{groups[item.group]} and {split}"
-                raise _wrong(file, f"has items of the group {item.group!r} in {where}; a group stays in one split")
+                raise wrong(file, f"has items of the group {item.group!r} in {where}; a group stays in one split")
 
 
 def _harness(path: Path, file: Path, module: ModuleType) -> dict[str, str]:
@@ -220,20 +256,39 @@ def _harness(path: Path, file: Path, module: ModuleType) -> dict[str, str]:
     return {} if given is None else _converted(file, "HARNESS", given, dict[str, str])
 
 
+def _allows(file: Path, module: ModuleType) -> Allows:
+    given = getattr(module, "ALLOWS", {})
+    unknown = sorted(map(str, set(given) - set(Allows.__struct_fields__))) if isinstance(given, Mapping) else []
+    if unknown:
+        known = ", ".join(Allows.__struct_fields__)
+        raise wrong(file, f"has an ALLOWS with the unknown field {unknown[0]!r}; it has {known}")
+    allows: Allows = _converted(file, "ALLOWS", given, Allows)
+    for name in ("memory_mb", "disk_mb", "prepare_seconds"):
+        if not getattr(allows, name) > 0:
+            raise wrong(file, f"has an ALLOWS whose {name} is {getattr(allows, name):g}, which is not over 0")
+    return allows
+
+
 def _converted(file: Path, name: str, given: Any, type_: Any) -> Any:
     try:
         return msgspec.convert(given, type_)
     except msgspec.ValidationError as e:
-        raise _wrong(file, f"has a {name} of another form than is expected: {e}") from e
+        raise wrong(file, f"has a {name} of another form than is expected: {e}") from e
 
 
-def _wrong(file: Path, what: str, line: int | None = None) -> ConfigError:
+def wrong(file: Path, what: str, line: int | None = None) -> ConfigError:
+    """The error that says what is wrong with the file, and at which of its lines."""
     where = f"{file}, line {line}," if line else str(file)
     return ConfigError(f"The task {where} {what.rstrip('.')}.", next_step=f"Correct it; {HINT}")
 
 
-def _failed(file: Path, what: str, error: BaseException) -> ConfigError:
-    """Names the file's own line that was under way."""
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
+def failed(file: Path, what: str, error: BaseException) -> ConfigError:
+    """The error that says how a call of the file's code failed, and at which of its lines."""
     text = " ".join(str(error).split())[:300]
-    return _wrong(file, f"{what}: {type(error).__name__}: {text}", lines[-1] if lines else None)
+    return wrong(file, f"{what}: {type(error).__name__}: {text}".rstrip(" :"), _line(file, error))
+
+
+def _line(file: Path, error: BaseException) -> int | None:
+    """The file's own line that was under way."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
+    return lines[-1] if lines else None

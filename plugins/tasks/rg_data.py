@@ -19,9 +19,9 @@ from typing import Any
 
 import msgspec
 
+from bascule.plugins.extras import install_command
 from bascule.schemas.errors import ConfigError
 
-MISSING = 'pip install "bascule[rg]"'
 _ERROR = 3
 _SECONDS = 1800
 
@@ -89,7 +89,9 @@ def dataset(name: str, options: dict[str, Any], *, seed: int = 0, size: int = 1)
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
     except ImportError as e:
-        raise ConfigError("The package reasoning-gym is not installed.", next_step=f"Install it: {MISSING}.") from e
+        raise ConfigError(
+            "The package reasoning-gym is not installed.", next_step=f"Install it: {install_command('rg')}"
+        ) from e
     if name not in DATASETS:
         raise ConfigError(
             f"reasoning-gym has no data set {name!r}.", next_step=f"It has {', '.join(sorted(DATASETS))}."

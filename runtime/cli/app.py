@@ -23,6 +23,7 @@ from bascule.runtime.cli import (
     transfer,
 )
 from bascule.runtime.cli.command import Exit, app
+from bascule.runtime.cli.system_errors import next_step
 from bascule.schemas.errors import BasculeError, Corrupt
 
 #: In the order in which help lists them.
@@ -62,9 +63,11 @@ def _cause(error: Exception) -> BaseException:
 
 def _paragraph(error: Exception) -> str:
     """What a person is told: what went wrong, and what to do or how to see more."""
+    from bascule.plugins.loader import described
+
     cause = _cause(error)
     if isinstance(cause, BasculeError):
         return str(cause)
-    if isinstance(cause, OSError):
-        return f"{cause}. Free the space or correct the path that it names; `bascule resume RUN` goes on from the log."
-    return f"{type(cause).__name__}: {cause}. Nobody foresaw this: run it again with --debug, and report what it shows."
+    if isinstance(cause, OSError) and (step := next_step(cause)):
+        return f"{str(cause).rstrip('.')}. {step}"
+    return f"{described(cause)}. Nobody foresaw this: run it again with --debug, and report what it shows."

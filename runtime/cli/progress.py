@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bascule.runtime.state import RunState
 from bascule.schemas import events as ev
 from bascule.schemas.envelope import Recorded
+from bascule.schemas.run import task_label
 
 
 class Live:
@@ -63,8 +64,9 @@ class Live:
     def _line(self, event: Recorded) -> str | None:
         match event.data:
             case ev.RunStarted() as d:
+                with_ = "the constant engine" if d.config.engine.name == "constant" else d.config.model
                 return (
-                    f"[bold]{event.envelope.run}[/]: {d.config.task.name} with {escape(d.config.model)}, "
+                    f"[bold]{event.envelope.run}[/]: {escape(task_label(d.config.task))} with {escape(with_)}, "
                     f"levers {' and '.join(d.config.levers)}, seed {d.config.seed}; "
                     f"{d.train} train, {d.dev} dev, {d.sealed} sealed"
                 )

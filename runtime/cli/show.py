@@ -182,7 +182,7 @@ def show_runs(results: list[RunReport], console: Console) -> None:
         best = next((g.dev for g in r.generations if g.generation == r.best), None)
         sealed = f"{r.sealed.before:.3f} -> {r.sealed.after:.3f}" if r.sealed else "—"
         table.add_row(
-            r.run, r.task, ", ".join(r.levers), str(r.seed), r.status, str(max(0, len(r.generations) - 1)),
+            r.run, escape(r.task), ", ".join(r.levers), str(r.seed), r.status, str(max(0, len(r.generations) - 1)),
             _score(best), sealed, f"{r.seconds:.0f}",
         )  # fmt: skip
     console.print(table)

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
+from bascule.plugins.extras import install_command
 from bascule.runtime.log.login import Credential
 from bascule.runtime.log.permissions import USERS
 from bascule.schemas.errors import ConfigError
@@ -61,4 +62,4 @@ def _nkeys() -> Any:
 
 
 def _missing(package: str) -> ConfigError:
-    return ConfigError(f"This needs the package {package}.", next_step="Install it with `pip install 'bascule[ops]'`.")
+    return ConfigError(f"This needs the package {package}.", next_step=f"Install it: {install_command('ops')}")

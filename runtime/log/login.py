@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from bascule.plugins.extras import install_command
 from bascule.schemas.errors import ConfigError, LogError, NotPermitted
 
 
@@ -24,7 +25,7 @@ class Credential(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
             import nkeys
         except ImportError as e:
             raise ConfigError(
-                "A login by seed needs the package nkeys.", next_step="Install it with `pip install 'bascule[ops]'`."
+                "A login by seed needs the package nkeys.", next_step=f"Install it: {install_command('ops')}"
             ) from e
         try:
             nkeys.from_seed(bytearray(self.nkey_seed.encode())).wipe()

@@ -66,7 +66,7 @@ async def by_index(folder: Path) -> list[Outcome]:
         return judge(face, Request(id=0, split=split, example=example, answer=answer))
 
     paid = [await score("dev", e.id, t.answer) for e, t in zip(theirs.dev[:_ASKED], told, strict=True)]
-    found = [c.name for c in await score_checks(theirs, score) if c.outcome == "broken"]
+    found = [c.name async for c in score_checks(theirs, score) if c.outcome == "broken"]
     reward, holes = _mean(verdicts), _mean(paid)
     answers = Counter(t.answer for t in played)
     problems = []

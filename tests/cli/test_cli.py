@@ -17,8 +17,10 @@ SMALL = [
 ]
 
 
-def bascule(home: Path, *args: str) -> subprocess.CompletedProcess[str]:
+def bascule(home: Path, *args: str, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("BASCULE_")} | {"BASCULE_HOME": str(home)}
+    if cache is not None:
+        env["BASCULE_CACHE"] = str(cache)
     return subprocess.run(
         [sys.executable, "-m", "bascule.runtime.cli", *args],
         env=env, capture_output=True, text=True, timeout=120, check=False,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from bascule.plugins.loader import plugins
 from bascule.plugins.tasks.gpqa import GPQA
 from bascule.plugins.tasks.sia_data import WHEEL
 from bascule.plugins.wheels import fetch_wheel
@@ -46,6 +47,18 @@ def test_the_list_names_the_bundled_tasks() -> None:
     assert {"lawbench", "gpqa", "longcot-chess", "spaceship-titanic"} <= set(json.loads(tasks("--json")))
 
 
+def test_a_task_that_cannot_be_made_is_named_in_the_list_and_the_others_are_listed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(_: dict[str, Any]) -> Any:
+        raise KeyError("nothing here")
+
+    monkeypatch.setitem(plugins().registry.tasks.items, "broken", broken)
+    found = json.loads(tasks("--json"))
+    assert found["broken"] == "FAILED: KeyError: 'nothing here'"
+    assert not found["arith"].startswith("FAILED")
+
+
 def test_show_prints_the_rules_of_the_regime_that_is_asked_for() -> None:
     found = shown("lawbench", "--regime", "classical_allowed")
     assert found["regime"] == "classical_allowed"
@@ -69,8 +82,11 @@ def test_show_of_a_restricted_task_prints_ids_and_hashes_and_no_item() -> None:
 
 
 def test_fetch_takes_the_users_wheel_and_then_needs_neither_it_nor_an_index(offline: Path) -> None:
-    with pytest.raises(ConfigError, match="could not download sia-agent"):
+    with pytest.raises(ConfigError, match="could not download sia-agent") as caught:
         tasks("fetch", "longcot-chess")
+    assert "`bascule tasks fetch longcot-chess --from PATH`" in (caught.value.next_step or "")
+    with pytest.raises(ConfigError, match="`bascule tasks fetch longcot-chess --from PATH`"):
+        tasks("show", "longcot-chess")
     found = json.loads(tasks("fetch", "longcot-chess", "--from", str(offline), "--json"))
     assert found["splits"]["sealed"] == 50
     (row,) = found["files"]

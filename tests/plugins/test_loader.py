@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from bascule.plugins import loader
 from bascule.plugins.loader import Plugins, load_plugins
 from bascule.schemas.errors import ConfigError, PluginError
 
@@ -74,6 +79,22 @@ def test_the_hash_changes_with_the_code(install) -> None:
         ("from bascule.plugins import hookimpl\n@hookimpl\ndef bascule_registr(registry): pass", "bascule_registr"),
         ("bascule_api = '9'", "API 9"),
         (GOOD.replace("registry.algorithm(Mine())", "registry.algorithm(Mine()); 1 / 0"), "ZeroDivisionError"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+        ("raise SystemExit(0)", "SystemExit: 0"),
+        ("import asyncio\nraise asyncio.CancelledError('gone')", "CancelledError: gone"),
+        ("class Odd(BaseException): pass\nraise Odd('odd')", "Odd: odd"),
+        ("class Mute(Exception):\n    def __str__(self): raise ValueError\nraise Mute", "Mute, whose own text fails"),
+        ("class Mute(Exception):\n    def __str__(self): raise SystemExit\nraise Mute", "Mute, whose own text fails"),
+        ("class Mute(Exception):\n    def __str__(self): return 5\nraise Mute", "Mute, whose own text fails"),
+        ("raise ValueError('half a pair: \\ud800')", "half a pair: \\ud800"),
+        ("bascule_register = 5", "bascule_register is of type int"),
+        ("def bascule_register(registry): pass", "bascule_register is of type function"),
+        ("", "marked with @hookimpl; it has none"),
+        (GOOD.replace("def bascule_register", "async def bascule_register"), "must be a plain function"),
+        (GOOD.replace("registry.algorithm(Mine())", "yield registry.algorithm(Mine())"), "must be a plain function"),
+        (GOOD.replace("bascule_register(registry)", "bascule_register(registry, more)"), "bascule_register"),
+        (GOOD.replace('"mine"', "5"), "algorithm 5 in version '3'"),
+        (GOOD.replace('"3"', "None"), "algorithm 'mine' in version None"),
     ],
 )
 def test_a_broken_plugin_is_quarantined_and_the_others_work(install, source: str, why: str) -> None:
@@ -82,6 +103,59 @@ def test_a_broken_plugin_is_quarantined_and_the_others_work(install, source: str
     assert why in (row(found, "bad").error or "")
     assert "mine" not in found.registry.algorithms.items
     assert "grpo" in found.registry.algorithms.items
+
+
+def test_what_is_told_of_a_broken_plugin_can_be_encoded(install) -> None:
+    install("bad", "raise ValueError('\\ud800')")
+    assert (row(load_plugins(), "bad").error or "").encode() == rb"ValueError: \ud800"
+
+
+def test_a_persons_interrupt_while_a_plugin_loads_ends_the_start_and_blames_no_plugin(install) -> None:
+    install("slow", "import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(60)")
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        load_plugins()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_outside_the_main_thread_an_interrupt_at_import_is_the_plugins_own(install) -> None:
+    install("bad", "raise KeyboardInterrupt")
+    found: list[Plugins] = []
+    thread = threading.Thread(target=lambda: found.append(load_plugins()))
+    thread.start()
+    thread.join()
+    assert row(found[0], "bad").error == "KeyboardInterrupt: "
+
+
+def test_a_plugin_that_takes_long_is_named_while_it_loads(
+    install, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loader, "SLOW", 0.01)
+    monkeypatch.setenv("BASCULE_PLUGINS", "slow")
+    # It is done when it has been named, or after a minute without.
+    install("slow", """
+import sys, time
+end = time.monotonic() + 60
+while "still loading" not in sys.stderr.getvalue():
+    assert time.monotonic() < end, "it was not named"
+    time.sleep(0.01)
+""" + GOOD)  # fmt: skip
+    threads = threading.active_count()
+    found = load_plugins()
+    assert row(found, "slow").error is None
+    assert capsys.readouterr().err == "bascule: the plugin 'slow' of dist-slow is still loading after 0.01 s\n"
+    assert threading.active_count() == threads, "who forks next has no thread of the loader's"
+
+
+def test_in_debug_mode_each_plugin_is_named_before_it_may_end_the_process(install, tmp_path: Path) -> None:
+    install("first", GOOD)
+    install("ender", "import os; os._exit(0)")
+    done = subprocess.run(
+        [sys.executable, "-m", "bascule.runtime.cli", "plugins"],
+        env=os.environ | {"BASCULE_DEBUG": "1", "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.stderr.splitlines()[-1] == "bascule: loading the plugin 'ender' of dist-ender"
 
 
 def test_strict_loading_names_the_broken_plugin_and_its_distribution(install, monkeypatch: pytest.MonkeyPatch) -> None:

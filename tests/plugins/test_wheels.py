@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
+import threading
 import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -78,7 +84,65 @@ def test_a_cached_wheel_that_changed_is_refused(index: Path) -> None:
 def test_a_wheel_that_no_index_has_is_an_error_with_the_next_step() -> None:
     with pytest.raises(ConfigError, match=r"could not download demo-data==1\.2") as caught:
         wheels.fetch_wheel("demo-data", "1.2", "0" * 64)
-    assert "by hand" in (caught.value.next_step or "")
+    assert f"put it into {wheels.wheel_folder()}" in (caught.value.next_step or "")
+    with pytest.raises(ConfigError) as caught:
+        wheels.fetch_wheel("demo-data", "1.2", "0" * 64, task="demo")
+    assert "`bascule tasks fetch demo --from PATH`" in (caught.value.next_step or "")
+
+
+class Busy(BaseHTTPRequestHandler):
+    """A package index that is always out of order."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.send_error(503)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def busy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
+    """The requests that such an index got, pip's only one."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Busy)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name in [name for name in os.environ if name.startswith("PIP_") or name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("BASCULE_CACHE", str(tmp_path / "cache"))
+    Busy.asked.clear()
+    yield Busy.asked
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(("wanted", "times"), [(None, 3), ("0", 1)])
+def test_an_index_that_fails_is_asked_three_times_unless_the_user_says_otherwise(
+    busy: list[str], monkeypatch: pytest.MonkeyPatch, wanted: str | None, times: int
+) -> None:
+    if wanted is not None:
+        monkeypatch.setenv("PIP_RETRIES", wanted)
+    with pytest.raises(ConfigError, match="could not download"):
+        wheels.fetch_wheel("demo-data", "1.2", "0" * 64)
+    assert busy == ["/simple/demo-data/"] * times
+
+
+def test_a_folder_where_the_cached_wheel_belongs_is_named_and_what_to_do(index: Path) -> None:
+    digest = sha(make_wheel(index))
+    cached = wheels.fetch_wheel("demo-data", "1.2", digest)
+    cached.unlink()
+    cached.mkdir()
+    for attempt in (
+        lambda: wheels.fetch_wheel("demo-data", "1.2", digest),
+        lambda: wheels.adopt_wheel("demo-data", "1.2", digest, index),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(f"{cached} is a folder")) as caught:
+            attempt()
+        assert "remove it" in (caught.value.next_step or "")
+    assert list(cached.parent.iterdir()) == [cached], "no temporary files stay behind"
 
 
 def test_a_wheel_that_the_user_has_is_copied_into_the_cache(index: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,13 +15,14 @@ import pytest
 
 from bascule.plugins.loader import plugins
 from bascule.plugins.task import ScoresEpisodes
+from bascule.plugins.tasks import own_file
 from bascule.plugins.tasks.own import Own, OwnPrivate, named, verdict
 from bascule.plugins.tasks.own_new import write_file, write_folder
 from bascule.runtime.cli.own_tasks import chosen_task, stem_of
 from bascule.runtime.world import task_digest
 from bascule.schemas.errors import ConfigError
 from bascule.schemas.harness import make_harness
-from bascule.schemas.run import PluginChoice, parse_config
+from bascule.schemas.run import PluginChoice, parse_config, task_label
 from bascule.schemas.trajectory import ModelCall, Output, Sampling, Scored, ToolCall, Trajectory, Unscored
 from bascule.verifiers.scoring_process import Request, judge
 
@@ -100,11 +102,85 @@ def test_what_a_verifier_may_not_give_is_unscored_and_tells_no_truth(tmp_path: P
     assert "word" not in found.reason
 
 
+class Unruly:
+    """Whose every use tells its text, as an exception's message."""
+
+    def __float__(self) -> float:
+        raise ValueError("word dev 1")
+
+    def __bool__(self) -> bool:
+        raise ValueError("word dev 1")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["word dev 1"], "verify returned a list."),
+        ({1}, "verify returned a set."),
+        ("word dev 1", "verify returned a str, which is none of the 2 LEVELS."),
+        (float("nan"), "verify returned NaN."),
+        (float("inf"), "verify returned a number beyond 1,000,000,000."),
+        (10**400, "verify returned a number beyond 1,000,000,000."),
+        (-1e308, "verify returned a number beyond 1,000,000,000."),
+        ({"passed": True}, "verify returned a dict without a reward."),
+        ({"reward": "word dev 1"}, "verify returned a str as the reward of a dict, which is none of the 2 LEVELS."),
+        ({"reward": {"reward": 1}}, "verify returned a dict as the reward of a dict."),
+        ({"reward": 1, "steps": 3}, "verify returned a dict whose steps are an int, not a list."),
+        ({"reward": 1, "steps": ["word dev 1"]}, "verify returned a str as the reward of a step."),
+        ({"reward": 1, "steps": [0.0] * 5000}, "verify returned a dict with more than 4096 steps."),
+        (Unruly(), "verify returned an Unruly that is no number (ValueError)."),
+        (
+            {"reward": 1, "passed": Unruly()},
+            "verify returned a dict whose passed is an Unruly without a truth value (ValueError).",
+        ),
+    ],
+)
+def test_what_is_no_verdict_is_named_by_its_type_and_nothing_that_it_holds(given: Any, said: str) -> None:
+    assert verdict(given, ("wrong", "right")) == Unscored(reason=said)
+
+
+def test_the_most_that_a_reward_may_be_is_a_reward() -> None:
+    assert verdict(-1e9) == Scored(reward=-1e9)
+    assert verdict(1e9) == Scored(reward=1e9)
+
+
+def test_a_verifier_that_fails_is_named_with_its_own_line(tmp_path: Path) -> None:
+    """Also where the exception is one of a library that it calls; its text is not told."""
+    for call, error in (("__import__('json').loads(answer)", "JSONDecodeError"), ("exit(answer)", "SystemExit")):
+        task = task_of(tmp_path / "t.py", GOOD.replace('answer == item["answer"]', call))
+        found = judge(task.private(), Request(id=0, split="dev", example="dev-1", answer="word dev 1"))
+        assert found == Unscored(reason=f"verify failed: {error} at t.py, line 6.")
+
+
 def test_numpy_values_are_values(tmp_path: Path) -> None:
     import numpy as np
 
     assert verdict(np.bool_(True)) == Scored(reward=1.0, passed=True)
     assert verdict(np.float32(0.5)) == Scored(reward=0.5)
+    assert verdict(np.array([True])) == Scored(reward=1.0, passed=True)
+    assert verdict({"reward": np.array(0.5), "steps": np.array([1, 2])}) == Scored(reward=0.5, steps=(1.0, 2.0))
+    assert verdict(np.array([0.5, 1.0])) == Unscored(
+        reason="verify returned a ndarray of more or less than one element."
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (GOOD.replace("    return [", "    while True: pass\n    return [", 1), "line 4, .* in items\\('train'\\)"),
+        (GOOD.replace("\nDESC", "\n__import__('time').sleep(3600)\nDESC"), "line 2, .* when it is loaded"),
+        (GOOD + "BASELINES = {'b': lambda item: __import__('time').sleep(3600)}", r"line 7, .* in BASELINES\['b'\]"),
+    ],
+)
+def test_a_file_that_hangs_is_given_up_and_its_line_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, what: str
+) -> None:
+    monkeypatch.setattr(own_file, "LOAD_SECONDS", 0.5)
+    task = task_of(tmp_path / "t.py", text)
+    with pytest.raises(ConfigError, match=what) as e:
+        task.baselines(task.public())
+    assert "is not done after 0.5 s" in e.value.message
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_a_verifier_cannot_change_the_items_that_it_gets(tmp_path: Path) -> None:
@@ -167,6 +243,8 @@ BAD = [
     (GOOD.replace('f"{split}-{i}"', "i"), "the id 0, which is no text"),
     (GOOD + 'HARNESS = {"harness.py": 1}', "has a HARNESS of another form"),
     (GOOD + 'ALLOWS = {"packages": "numpy"}', "has a ALLOWS of another form"),
+    (GOOD + 'ALLOWS = {"memory": 1}', "has an ALLOWS with the unknown field 'memory'"),
+    (GOOD + 'ALLOWS = {"memory_mb": -1}', "has an ALLOWS whose memory_mb is -1"),
     (GOOD + "NAME = 3", "has a NAME that is no str"),
 ]
 
@@ -254,6 +332,9 @@ def test_a_path_is_a_choice_and_runs_are_called_by_its_stem(tmp_path: Path) -> N
     assert chosen_task("arith", {"split_seed": 1}) == {"name": "arith", "params": {"split_seed": 1}}
     assert chosen_task("arith", {}) == {"name": "arith"}
     assert stem_of(PluginChoice(name="rg:chain_sum")) == "rg-chain_sum"
+    assert task_label(PluginChoice(name="own", params=chosen["params"])) == "My Task.v2.py"
+    assert task_label(PluginChoice(name="own", params={"path": "/tasks/folder/"})) == "folder"
+    assert task_label(PluginChoice(name="arith", params={"path": "x"})) == "arith"
     pin = plugins().pin("task", "own")
     assert pin.name == "own"
 
@@ -278,7 +359,10 @@ def test_a_run_on_a_file_scores_with_it_and_notices_when_it_changes(tmp_path: Pa
         *("--set", 'engine.text="3"', *(a for k, v in small.items() for a in ("--set", f"evaluation.{k}={v}"))),
     )
     assert done.returncode == 0, done.stderr
+    assert "vowels.py with the constant engine" in done.stderr
+    assert "smollm2" not in done.stderr
     report = json.loads(done.stdout)
+    assert report["task"] == "vowels.py"
     assert report["run"] == "vowels-1"
     assert report["status"] == "completed"
     assert report["generations"][0]["dev"] == 1 / 8

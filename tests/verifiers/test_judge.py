@@ -29,6 +29,18 @@ def test_step_rewards_come_through_as_numbers() -> None:
     assert judged(reward=1.0) == Scored(reward=1.0)
 
 
+@pytest.mark.parametrize("values", [{"reward": 1.1e9}, {"reward": -1e308}, {"reward": 0.0, "steps": (1e10,)}])
+def test_a_reward_beyond_the_bound_is_none(values: Any) -> None:
+    assert isinstance(judged(**values), Unscored)
+    assert judged(reward=-1e9) == Scored(reward=-1e9)
+
+
+def test_more_step_rewards_than_an_episode_can_have_calls_are_none() -> None:
+    assert judged(reward=1.0, steps=(0.0,) * 4097) == Unscored(
+        reason="The scorer gave 4097 step rewards; there can be 4096."
+    )
+
+
 class Watcher(Face):
     """Scores episodes: gives a reward for each step that it is told to."""
 

@@ -96,6 +96,26 @@ async def test_a_request_that_crashes_the_process_twice_is_unscored_and_harms_no
     assert {a, b, c} == {Scored(reward=1.0, passed=True)}
 
 
+async def test_what_ended_the_process_is_told(tmp_path: Path) -> None:
+    async with rogue(tmp_path) as scorer:
+        verdict = await scorer.score("dev", "crash", "crash")
+        assert scorer.lost == "the scoring process ended by itself (exit status 3)."
+        assert verdict == Unscored(reason=f"Tried 2 times: {scorer.lost}")
+        failed = await scorer.score("dev", "exit", "exit")
+        assert isinstance(failed, Unscored)
+        assert "SystemExit at rogue_process.py" in failed.reason
+        assert scorer.lost == ""
+
+
+async def test_a_process_that_ends_at_each_request_is_started_less_often_and_still_for_each(tmp_path: Path) -> None:
+    async with rogue(tmp_path) as scorer:
+        reasons = [await scorer.score("dev", "crash", "crash") for _ in range(5)]
+        assert [str(r)[17:28] for r in reasons] == ["Tried 2 tim"] * 3 + ["Tried once:"] * 2
+        assert scorer.restarts == 7, "eight tries, the first of them in the process that was there"
+        assert await scorer.score("dev", "good", "good") == Scored(reward=1.0, passed=True)
+        assert await scorer.score("dev", "crash-once", "crash-once") == Scored(reward=1.0, passed=True)
+
+
 async def test_a_hung_process_is_killed_and_the_request_unscored(tmp_path: Path) -> None:
     async with rogue(tmp_path, timeout=1.5) as scorer:
         hung = scorer.pid
