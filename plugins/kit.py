@@ -75,6 +75,8 @@ GARBAGE: Mapping[str, str | None] = {
     "a format": "{item[answer]}",
     "a path": "../../private/answers",
 }
+#: From this score on a field is taken for the answer itself.
+ALL_BUT = 0.9
 #: What a lazy agent always says.
 CONSTANTS = ("0", "1", "2", "True", "False", "yes", "no", "A", "B", "None", "[]", "{}")
 
@@ -250,7 +252,11 @@ def _stands(public: PublicFace) -> Check:
 
 def _softened(found: Check, *, ids: bool) -> Check:
     """A leak in questions warns: where a passage is searched its answer stands in it. In ids it has no business."""
-    return msgspec.structs.replace(found, outcome="warns") if found.outcome == "broken" and not ids else found
+    return found if ids else _warns(found)
+
+
+def _warns(found: Check) -> Check:
+    return msgspec.structs.replace(found, outcome="warns") if found.outcome == "broken" else found
 
 
 def _allows(public: PublicFace) -> Check:
@@ -281,17 +287,18 @@ def _harness(task: Task, public: PublicFace) -> Check:
 
 
 def _baselines(task: Task, public: PublicFace) -> Check:
-    faults, names = [], Counter[str]()
+    partly, names = [], Counter[str]()
     for baseline in task.baselines(public):
         names[baseline.name] += 1
         for split in ("dev", "sealed"):
             missing = sum(e.id not in baseline.answers.get(split, {}) for e in public.split(split))
-            faults += [f"{baseline.name} answers {missing} items of {split} not"] if missing else []
-    faults += [f"two are called {name!r}" for name, n in names.items() if n > 1]
+            partly += [f"{baseline.name} answers {missing} items of {split} not"] if missing else []
+    faults = [f"two are called {name!r}" for name, n in names.items() if n > 1]
     faults += [] if names else ["there is none"]
-    return check(
-        "baselines", "there are baselines, for every item of dev and sealed", faults, "Correct them.", ", ".join(names)
-    )
+    promise = "there are baselines, for every item of dev and sealed"
+    if partly and not faults:
+        return _warns(check("baselines", promise, partly, "An item without an answer counts as failed."))
+    return check("baselines", promise, faults, "Correct them.", ", ".join(names))
 
 
 def _defaults(task: Task) -> Check:
@@ -537,12 +544,16 @@ async def _fields(public: PublicFace, score: Score) -> Check:
         )
     faults = [f"the field {p} gets {s:.3f} on dev, and may get {most:.3f}" for p, s in scores.items() if s > most]
     best = max(scores, key=lambda p: scores[p], default="none")
-    return check(
-        "fields",
-        "no field of a question, the question itself included, is its answer",
-        faults,
-        "Leave that field out of what agents get.",
-        f"best: {best} with {scores.get(best, 0.0):.3f} on dev",
+    # A field may say much of an answer and not be it.
+    soften = _warns if scores.get(best, 0.0) < ALL_BUT else lambda found: found
+    return soften(
+        check(
+            "fields",
+            "no field of a question, the question itself included, is its answer",
+            faults,
+            "Leave that field out of what agents get, unless it is meant to say so much.",
+            f"best: {best} with {scores.get(best, 0.0):.3f} on dev",
+        )
     )
 
 

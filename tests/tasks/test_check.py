@@ -116,6 +116,20 @@ async def test_items_that_give_themselves_away_are_found(tmp_path: Path, item: s
     assert set(await broken(own(tmp_path / "bad.py", text_of(item=item)))) == names
 
 
+async def test_a_field_that_says_much_of_the_answer_and_a_baseline_that_answers_not_all_warn(tmp_path: Path) -> None:
+    item = '{"input": {"question": f"{n}", "hint": str(middle) if n % 5 else ""}, "answer": str(middle)}'
+    task = own(tmp_path / "much.py", text_of(item=item))
+    assert "fields" in await broken(task, "warns")
+
+    class Partly(Arith):
+        def baselines(self, public: Any) -> Any:
+            first, *rest = super().baselines(public)
+            return [msgspec.structs.replace(first, answers={**first.answers, "sealed": {}}), *rest]
+
+    found = {c.name: c.outcome for c in face_checks(Partly({}), Partly({}).public())}
+    assert found["baselines"] == "warns"
+
+
 async def test_a_face_that_is_not_sound_is_found() -> None:
     class Odd(Arith):
         calls = 0
