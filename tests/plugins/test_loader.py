@@ -110,6 +110,7 @@ def test_what_is_told_of_a_broken_plugin_can_be_encoded(install) -> None:
     assert (row(load_plugins(), "bad").error or "").encode() == rb"ValueError: \ud800"
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_persons_interrupt_while_a_plugin_loads_ends_the_start_and_blames_no_plugin(install) -> None:
     install("slow", "import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(60)")
     before = signal.getsignal(signal.SIGINT)

@@ -336,6 +336,7 @@ def verify(item, answer):
 """
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("command", [("tasks", "check"), ("run", "--engine", "constant", "--task")])
 def test_a_file_that_hangs_while_it_is_loaded_can_be_stopped(

@@ -128,7 +128,7 @@ def test_the_truths_are_closed_to_others_and_the_public_face_does_without(
 def test_a_second_start_reads_the_cache_alone(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = Spaceship({}).public()
 
-    def absent(*_: str) -> Path:
+    def absent(*_: str, **_named: str) -> Path:
         raise ConfigError("no network")
 
     monkeypatch.setattr(sia_data, "fetch_wheel", absent)
