@@ -13,7 +13,8 @@ from typing import Any
 
 import msgspec
 
-from bascule.plugins.kit import Check, check, face_checks, fault_of, score_checks
+from bascule.plugins.kit import Check, check, face_checks, fault_of
+from bascule.plugins.kit_scores import score_checks
 from bascule.plugins.loader import Plugins
 from bascule.runtime.audit.baselines import score_baselines
 from bascule.runtime.engines.constant import ConstantEngine

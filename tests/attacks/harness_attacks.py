@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bascule.plugins.canary import PREFIX
-from bascule.plugins.kit import score_checks
+from bascule.plugins.kit_scores import score_checks
 from bascule.plugins.tasks.arith import Arith
 from bascule.plugins.tasks.own import Own, named
 from bascule.runtime.engines.constant import ConstantEngine

@@ -13,7 +13,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from bascule.plugins.kit import GARBAGE, Check, bound, face_checks, leaves, score_checks
+from bascule.plugins.kit import Check, face_checks, leaves
+from bascule.plugins.kit_scores import GARBAGE, bound, score_checks
 from bascule.plugins.loader import plugins
 from bascule.plugins.task import Task
 from bascule.plugins.tasks.arith import Arith

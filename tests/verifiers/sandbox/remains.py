@@ -1,11 +1,17 @@
-"""Finding processes that should be over."""
+"""Processes that start programs, and finding those that should be over."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+from bascule.verifiers.sandbox.layered import LayeredSandbox
 
 _LIMIT = 60.0
 
@@ -29,3 +35,33 @@ def wait_until_gone(mark: str) -> bool:
             return True
         os.sched_yield()
     return False
+
+
+@contextlib.contextmanager
+def starter(sandbox: LayeredSandbox, code: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Another process that has a sandbox like this one, under the name ``sandbox``.
+
+    It runs ``code``; once that is done the process is here, and stays until it is killed or leaves the context.
+    """
+    without = ("namespaces",) if not sandbox.mechanisms.own_root else ()
+    text = f"""
+import sys
+from bascule.plugins.sandbox import Program
+from bascule.verifiers.sandbox.layered import LayeredSandbox
+sandbox = LayeredSandbox(without={without!r})
+{code}
+print("up", flush=True)
+sys.stdin.read()
+"""
+    # What a starter that is killed leaves lies in here; programs of root's must be able to pass.
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o711)
+        with subprocess.Popen(
+            [sys.executable, "-c", text],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "TMPDIR": folder},
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"up\n"
+            yield process

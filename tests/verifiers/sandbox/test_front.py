@@ -8,7 +8,6 @@ import secrets
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,7 @@ import pytest
 from bascule.plugins.sandbox import Program, Running
 from bascule.verifiers.sandbox import front
 from bascule.verifiers.sandbox.layered import LayeredSandbox
-from tests.verifiers.sandbox.remains import processes_with, wait_until_gone
+from tests.verifiers.sandbox.remains import processes_with, starter, wait_until_gone
 
 LONG = 600.0
 MARK = "zygote.serve"
@@ -166,37 +165,21 @@ assert runs() and zygotes() == [ours]
 
 def test_all_of_it_dies_with_us(sandbox: LayeredSandbox) -> None:
     mark = secrets.token_hex(8)
-    without = ("namespaces",) if not sandbox.mechanisms.own_root else ()
     code = f"""
-import sys
-from bascule.plugins.sandbox import Program
-from bascule.verifiers.sandbox.layered import LayeredSandbox
-sandbox = LayeredSandbox(without={without!r})
 work = "import os, signal; os.fork(); os.write(1, b'x'); signal.pause()"
 program = Program(arguments=("-c", work, {mark!r}), seconds=600)
-for running in [sandbox.start(program), sandbox.start(program)]:
+under_way = [sandbox.start(program), sandbox.start(program)]
+for running in under_way:
     running.read(2)
-print("up", flush=True)
-sys.stdin.read()
 """
-    # What a starter that is killed leaves lies in here; programs of root's must be able to pass.
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o711)
-        with subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "TMPDIR": folder},
-        ) as starter:
-            assert starter.stdout is not None
-            assert starter.stdout.readline() == b"up\n"
-            (zygote,) = zygotes(starter.pid)
-            assert processes_with(mark)
-            starter.kill()
-            starter.wait()
-            assert wait_until_gone(mark)
-            deadline = time.monotonic() + 60
-            # A number that is another's by then is that of no zygote.
-            while zygote in processes_with(MARK):
-                assert time.monotonic() < deadline, "the zygote outlived us"
-                os.sched_yield()
+    with starter(sandbox, code) as process:
+        (zygote,) = zygotes(process.pid)
+        assert processes_with(mark)
+        process.kill()
+        process.wait()
+        assert wait_until_gone(mark)
+        deadline = time.monotonic() + 60
+        # A number that is another's by then is that of no zygote.
+        while zygote in processes_with(MARK):
+            assert time.monotonic() < deadline, "the zygote outlived us"
+            os.sched_yield()

@@ -6,8 +6,6 @@ import json
 import os
 import secrets
 import signal
-import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,7 +17,7 @@ from bascule.verifiers.sandbox import plans
 from bascule.verifiers.sandbox.confine import seal
 from bascule.verifiers.sandbox.layered import LayeredSandbox
 from bascule.verifiers.sandbox.unsafe import UnsafeSandbox
-from tests.verifiers.sandbox.remains import processes_with, wait_until_gone
+from tests.verifiers.sandbox.remains import processes_with, starter, wait_until_gone
 
 LONG = 600.0
 BECOMES = {seal.UID, seal.USER}
@@ -338,32 +336,16 @@ print(1)
 
 def test_it_dies_with_whoever_started_it(sandbox: LayeredSandbox) -> None:
     mark = secrets.token_hex(8)
-    without = ("namespaces",) if not sandbox.mechanisms.own_root else ()
     code = f"""
-import sys
-from bascule.plugins.sandbox import Program
-from bascule.verifiers.sandbox.layered import LayeredSandbox
 work = "import os, signal, sys; os.fork(); os.write(1, b'x'); signal.pause()"
-with LayeredSandbox(without={without!r}).start(Program(arguments=("-c", work, {mark!r}), seconds=600)) as running:
-    running.read(2)
-    print("up", flush=True)
-    sys.stdin.read()
+running = sandbox.start(Program(arguments=("-c", work, {mark!r}), seconds=600)).__enter__()
+running.read(2)
 """
-    # What a starter that is killed leaves lies in here; programs of root's must be able to pass.
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o711)
-        with subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "TMPDIR": folder},
-        ) as starter:
-            assert starter.stdout is not None
-            assert starter.stdout.readline() == b"up\n"
-            assert processes_with(mark)
-            starter.kill()
-            starter.wait()
-            assert wait_until_gone(mark)
+    with starter(sandbox, code) as process:
+        assert processes_with(mark)
+        process.kill()
+        process.wait()
+        assert wait_until_gone(mark)
 
 
 def test_the_processes_that_guard_it_are_out_of_its_reach(sandbox: LayeredSandbox) -> None:
