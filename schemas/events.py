@@ -57,7 +57,7 @@ class RunStarted(Data, frozen=True, kw_only=True):
     """
 
     TYPE = "bascule.run.started"
-    VERSION = 2
+    VERSION = 3
     KIND = "command"
     config: RunConfig
     task_version: str
@@ -477,7 +477,7 @@ class RunForked(Data, frozen=True, kw_only=True):
     """
 
     TYPE = "bascule.run.forked"
-    VERSION = 2
+    VERSION = 3
     KIND = "command"
     run: str
     count: int

@@ -30,8 +30,13 @@ class EvaluationConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GateConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The promotion gate: a candidate replaces its parent if a paired one-sided test on ``dev`` gives p < ``alpha``."""
+    """The promotion gate: a candidate replaces its parent if a paired one-sided test on ``dev`` gives p < ``alpha``.
 
+    Attributes:
+        version: of the rules; runs that were recorded before there were more than one are of version 1.
+    """
+
+    version: Annotated[int, msgspec.Meta(ge=1, le=2)] = 2
     alpha: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.05
 
 
@@ -62,6 +67,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
         concurrency: harness processes at one time on each rollout worker.
         threads: compute threads of the model; 0 leaves it to the machine.
         sandbox: what harnesses and candidates are confined by.
+        landscape: version of the figures that landscapes are made of; runs that were recorded before there were more
+            than one are of version 1.
     """
 
     task: PluginChoice
@@ -79,6 +86,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
     concurrency: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 256
     threads: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
     sandbox: SandboxConfig = SandboxConfig()
+    landscape: Annotated[int, msgspec.Meta(ge=1, le=2)] = 2
 
 
 class PluginPin(msgspec.Struct, frozen=True, kw_only=True):

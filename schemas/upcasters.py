@@ -30,6 +30,13 @@ def _same(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
+def _config_v3(data: dict[str, Any]) -> dict[str, Any]:
+    """Landscape and gate say by which rules they are made: recorded runs by the first ones."""
+    config = data["config"]
+    gate = {**config.get("gate", {}), "version": 1}
+    return {**data, "config": {**config, "landscape": 1, "gate": gate}}
+
+
 STEPS: tuple[Upcast, ...] = (
     Upcast("bascule.trajectory.scored", 1, 2, _same),  # Scored.steps
     Upcast("bascule.evaluation.completed", 1, 2, _same),  # RewardLandscape.step_rewards
@@ -38,6 +45,8 @@ STEPS: tuple[Upcast, ...] = (
     Upcast("bascule.adapter.published", 1, 2, _same),  # data_digest, metrics, base
     Upcast("bascule.run.started", 1, 2, _same),  # RunConfig.sandbox
     Upcast("bascule.run.forked", 1, 2, _same),  # RunConfig.sandbox
+    Upcast("bascule.run.started", 2, 3, _config_v3),
+    Upcast("bascule.run.forked", 2, 3, _config_v3),
 )
 
 
