@@ -102,6 +102,12 @@ class PromptError(EngineError):
     code = "bascule.engine.prompt"
 
 
+class ModelError(BasculeError):
+    """A model behind an endpoint could not be asked, or gave nothing that can be used. The run is paused with this."""
+
+    code = "bascule.model"
+
+
 class TrainError(BasculeError):
     """A training request cannot be carried out.
 

@@ -11,13 +11,13 @@ from typing import Any, ClassVar, Literal
 import msgspec
 
 from bascule.schemas.decision import Evidence, Lever, Option
-from bascule.schemas.landscape import Interval, Measured, RewardLandscape
+from bascule.schemas.landscape import Interval, Measured, MeasuredEvaluation, RewardLandscape, WorkMeasured
 from bascule.schemas.run import PluginChoice, PluginPin, RunConfig
 from bascule.schemas.sandbox import SandboxReport
 from bascule.schemas.trajectory import EpisodeError, Sampling, Trajectory, Verdict
 
 Kind = Literal["command", "decision", "outcome"]
-Split = Literal["train", "dev", "sealed"]
+Split = Literal["train", "dev", "sealed", "regression"]
 Purpose = Literal["landscape", "gate", "training", "report", "ablation"]
 
 
@@ -118,9 +118,11 @@ class EpisodesRequested(Data, frozen=True, kw_only=True):
         positions: where each example stands in its split.
         harness: digest; adapter: name, None for the base model.
         engine: an engine other than the run's own (ablations).
+        perturbed: the examples are asked in another form.
     """
 
     TYPE = "bascule.episodes.requested"
+    VERSION = 2
     KIND = "decision"
     evaluation: str
     purpose: Purpose
@@ -136,12 +138,14 @@ class EpisodesRequested(Data, frozen=True, kw_only=True):
     harness: str
     adapter: str | None = None
     engine: PluginChoice | None = None
+    perturbed: bool | msgspec.UnsetType = msgspec.UNSET
 
 
 class TrajectoryLogged(Data, frozen=True, kw_only=True):
     """One episode ran. ``body`` is inline up to 64 KiB, otherwise in ``blob``."""
 
     TYPE = "bascule.trajectory.logged"
+    VERSION = 2
     trajectory: str
     evaluation: str
     example: str
@@ -151,35 +155,97 @@ class TrajectoryLogged(Data, frozen=True, kw_only=True):
     error: EpisodeError | None
     prompt_tokens: int
     output_tokens: int
-    measured: Measured
+    measured: WorkMeasured
     body: Trajectory | None = None
     blob: BlobRef | None = None
 
 
 class TrajectoryScored(Data, frozen=True, kw_only=True):
-    """The scoring process gave its verdict."""
+    """The scoring process gave its verdict; ``measured`` is None if that was not recorded.
+
+    Attributes:
+        second: the second verifier's, where the run has one and asks it.
+    """
 
     TYPE = "bascule.trajectory.scored"
-    VERSION = 2
+    VERSION = 3
     trajectory: str
     evaluation: str
     position: int
     sample: int
     verdict: Verdict
+    measured: WorkMeasured | None = None
+    second: Verdict | None = None
 
 
 class EvaluationCompleted(Data, frozen=True, kw_only=True):
     """All trajectories of an evaluation are scored."""
 
     TYPE = "bascule.evaluation.completed"
-    VERSION = 2
+    VERSION = 3
     KIND = "decision"
     evaluation: str
     purpose: Purpose
     generation: int
     split: Split
     landscape: RewardLandscape
-    measured: Measured
+    measured: MeasuredEvaluation
+
+
+class GuardFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """What the guard of dev saw and gave.
+
+    Attributes:
+        difference: mean reward of the candidate minus the parent's over the pairs.
+        threshold: what ``difference`` had to exceed.
+        reported: the score that the run reports after this decision.
+    """
+
+    kind: Literal["none", "ladder", "thresholdout"]
+    difference: float
+    threshold: float
+    reported: float
+
+
+class CheaperFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """A cheaper candidate's test of non-inferiority.
+
+    Attributes:
+        saved: fraction of the parent's tokens a rollout.
+        p: for "worse by less than ``margin``".
+    """
+
+    saved: float
+    margin: float
+    p: float
+
+
+class PairedFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """The candidate against its parent on other examples, or by another verifier.
+
+    Attributes:
+        difference: mean reward of the candidate minus the parent's over the pairs.
+        p_better, p_worse: one-sided.
+    """
+
+    pairs: int
+    difference: float
+    wins: int
+    losses: int
+    p_better: float
+    p_worse: float
+
+
+class SecondFigures(PairedFigures, frozen=True, kw_only=True):
+    """The candidate against its parent by the second verifier.
+
+    Attributes:
+        divergence: gain by the first verifier minus gain by the second, over the examples that have both.
+        interval: of ``divergence``, 95%.
+    """
+
+    divergence: float
+    interval: Interval
 
 
 class GateFigures(msgspec.Struct, frozen=True, kw_only=True):
@@ -189,6 +255,10 @@ class GateFigures(msgspec.Struct, frozen=True, kw_only=True):
         test: ``first`` (nothing to compare with), ``mcnemar-exact`` or ``paired-sign-flip``.
         wins, losses: examples on which the candidate is better or worse than the parent.
         p: one-sided, for "the candidate is better".
+        reason: why it was promoted or rejected, in words; left out by version 1 of the rules, as is what follows.
+        guard: of dev against adapting to it.
+        cheaper: left out unless a cheaper candidate was tested for being no worse.
+        regression, perturbed, second: left out where they were not measured.
     """
 
     test: Literal["first", "mcnemar-exact", "paired-sign-flip"]
@@ -199,12 +269,19 @@ class GateFigures(msgspec.Struct, frozen=True, kw_only=True):
     losses: int = 0
     p: float | None = None
     alpha: float | None = None
+    reason: str | msgspec.UnsetType = msgspec.UNSET
+    guard: GuardFigures | msgspec.UnsetType = msgspec.UNSET
+    cheaper: CheaperFigures | msgspec.UnsetType = msgspec.UNSET
+    regression: PairedFigures | msgspec.UnsetType = msgspec.UNSET
+    perturbed: PairedFigures | msgspec.UnsetType = msgspec.UNSET
+    second: SecondFigures | msgspec.UnsetType = msgspec.UNSET
 
 
 class CandidatePromoted(Data, frozen=True, kw_only=True):
     """The candidate is the new parent."""
 
     TYPE = "bascule.candidate.promoted"
+    VERSION = 2
     KIND = "decision"
     generation: int
     over: int | None
@@ -216,6 +293,7 @@ class CandidateRejected(Data, frozen=True, kw_only=True):
     """The parent stays."""
 
     TYPE = "bascule.candidate.rejected"
+    VERSION = 2
     KIND = "decision"
     generation: int
     over: int
@@ -241,9 +319,17 @@ class LeverChosen(Data, frozen=True, kw_only=True):
 
 
 class ModelCalled(Data, frozen=True, kw_only=True):
-    """A policy or an author asked a model; recorded so that a crash repeats no call and a replay makes none."""
+    """A policy or an author asked a model; recorded so that a crash repeats no call and a replay makes none.
+
+    Attributes:
+        request: what was asked, inline up to 64 KiB, otherwise empty and in ``request_blob``.
+        input_tokens: of the prompt, without those that the endpoint read from its cache or wrote to it; these are in
+            ``cache_read_tokens`` and ``cache_write_tokens``, since they have prices of their own.
+        stop_reason: why the answer ended, in the words of the Messages API; None if it was not recorded.
+    """
 
     TYPE = "bascule.model.called"
+    VERSION = 2
     session: str
     ordinal: int
     model: str
@@ -252,19 +338,33 @@ class ModelCalled(Data, frozen=True, kw_only=True):
     input_tokens: int = 0
     output_tokens: int = 0
     measured: Measured = Measured()
+    cache_read_tokens: int = 0
+    cache_write_tokens: int = 0
+    stop_reason: str | None = None
+    request_blob: BlobRef | None = None
+
+
+class TrialCost(msgspec.Struct, frozen=True, kw_only=True):
+    """The episodes that a trial ran, and their tokens."""
+
+    rollouts: int
+    prompt_tokens: int
+    output_tokens: int
 
 
 class ToolCalled(Data, frozen=True, kw_only=True):
-    """A policy or an author used a tool."""
+    """A policy or an author used a tool; ``trial`` is set where it ran episodes."""
 
     TYPE = "bascule.tool.called"
+    VERSION = 2
     session: str
     ordinal: int
     name: str
     arguments: dict[str, Any]
     result: str | None = None
     error: str | None = None
-    measured: Measured = Measured()
+    measured: WorkMeasured = WorkMeasured()
+    trial: TrialCost | None = None
 
 
 class TrainRequested(Data, frozen=True, kw_only=True):
@@ -310,6 +410,22 @@ class TrainStarted(Data, frozen=True, kw_only=True):
     versions: dict[str, str] = {}
 
 
+class AdapterProbe(msgspec.Struct, frozen=True, kw_only=True):
+    """What the trainer's own forward pass says of a fixed text, for a comparison with what an engine serves.
+
+    Attributes:
+        ids: the text's tokens, packed int32.
+        logprobs: at temperature 1, of each but the first after those before it, packed float32.
+        base: the same without the adapter.
+        dtype: of the trainer's base weights.
+    """
+
+    ids: bytes
+    logprobs: bytes
+    base: bytes
+    dtype: str
+
+
 class AdapterCheckpointed(Data, frozen=True, kw_only=True):
     """One update is done.
 
@@ -320,10 +436,11 @@ class AdapterCheckpointed(Data, frozen=True, kw_only=True):
         data_digest: of the trajectories that the update was trained from.
         metrics: loss, kl, clip_fraction, entropy, ess, grad_norm, trained_tokens, reward, ...
         base: digest of the base model; empty if it was not recorded.
+        probe: what an engine that serves the adapter must say of a text; None if it was not recorded.
     """
 
     TYPE = "bascule.adapter.checkpointed"
-    VERSION = 2
+    VERSION = 3
     generation: int
     iteration: int
     attempt: int
@@ -335,6 +452,7 @@ class AdapterCheckpointed(Data, frozen=True, kw_only=True):
     metrics: dict[str, float]
     measured: Measured
     base: str = ""
+    probe: AdapterProbe | None = None
 
 
 class AdapterPublished(Data, frozen=True, kw_only=True, omit_defaults=True):
@@ -359,22 +477,55 @@ class AdapterPublished(Data, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class TrainFailed(Data, frozen=True, kw_only=True):
-    """The job stopped without an adapter: infeasible data, a guard rail, or an error."""
+    """The job stopped without an adapter: infeasible data, a guard rail, or an error.
+
+    Attributes:
+        measured: of the update that failed; None if that was not recorded.
+    """
 
     TYPE = "bascule.train.failed"
+    VERSION = 2
     generation: int
     attempt: int
     reason: str
     figures: dict[str, float] = {}
+    measured: Measured | None = None
+
+
+class ServedProbe(msgspec.Struct, frozen=True, kw_only=True):
+    """How an adapter, as served, compares with what the trainer computed.
+
+    Attributes:
+        tokens: number of log-probabilities that were compared, on each replica.
+        largest: difference of one of them.
+        bound: the most that it may be, from rounding in ``dtype``.
+        from_base: the largest difference of the adapter and the base model there; where it is within the bound, the
+            comparison does not tell them apart.
+        dtype: the coarser of the trainer's and the engine's.
+        replicas: that were asked.
+    """
+
+    tokens: int
+    largest: float
+    bound: float
+    from_base: float
+    dtype: str
+    replicas: int = 1
 
 
 class AdapterServed(Data, frozen=True, kw_only=True):
-    """An engine has loaded the adapter; no episode ran with it before."""
+    """An engine has loaded the adapter, and serves its weights; no episode ran with it before.
+
+    Attributes:
+        probe: how that was seen; None where the trainer recorded nothing to compare, or the engine cannot tell.
+    """
 
     TYPE = "bascule.adapter.served"
+    VERSION = 2
     adapter: str
     sha256: str
     engine: str
+    probe: ServedProbe | None = None
 
 
 class SandboxProbed(Data, frozen=True, kw_only=True):
@@ -445,6 +596,15 @@ class SealedReport(msgspec.Struct, frozen=True, kw_only=True):
     p: float
     n: int
     test: str
+
+
+class RunRolledBack(Data, frozen=True, kw_only=True):
+    """Somebody took promotions back: once the generation under way is over, ``generation`` is the parent again."""
+
+    TYPE = "bascule.run.rolled_back"
+    KIND = "command"
+    generation: int
+    reason: str
 
 
 class RunCompleted(Data, frozen=True, kw_only=True):
@@ -546,6 +706,7 @@ TYPES: dict[tuple[str, int], type[Data]] = {
         RunPaused,
         RunResumed,
         RunCancelled,
+        RunRolledBack,
         RunCompleted,
         RunFailed,
         RunForked,

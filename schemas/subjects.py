@@ -161,6 +161,10 @@ def adapter_served(run: str, adapter: str) -> str:
     return subject(run, "adapter", adapter, "served")
 
 
+def run_rolled_back(run: str, ordinal: int) -> str:
+    return subject(run, "run", f"rollback-{ordinal:03d}", "rolled_back")
+
+
 def sandbox_probed(run: str, service: str, worker: str) -> str:
     return subject(run, "sandbox", f"{service}-{worker}", "probed")
 

@@ -66,7 +66,10 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ModelCall(msgspec.Struct, frozen=True, kw_only=True, tag="model", omit_defaults=True):
-    """One call of an episode to the model; ``asked`` is the digest of what was asked, see the cassette engine."""
+    """One call of an episode to the model; ``asked`` is the digest of what was asked, see the cassette engine.
+
+    ``usage`` counts the tokens of the prompt and of all outputs where the engine gave no ids of them.
+    """
 
     kind: Literal["chat", "completion"]
     asked: str
@@ -75,6 +78,7 @@ class ModelCall(msgspec.Struct, frozen=True, kw_only=True, tag="model", omit_def
     sampling: Sampling
     seed: int = 0
     adapter: str | None = None
+    usage: tuple[int, int] | None = None
 
 
 class ToolCall(msgspec.Struct, frozen=True, kw_only=True, tag="tool", omit_defaults=True):

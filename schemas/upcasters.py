@@ -40,11 +40,22 @@ def _config_v3(data: dict[str, Any]) -> dict[str, Any]:
 STEPS: tuple[Upcast, ...] = (
     Upcast("bascule.trajectory.scored", 1, 2, _same),  # Scored.steps
     Upcast("bascule.evaluation.completed", 1, 2, _same),  # RewardLandscape.step_rewards
+    Upcast("bascule.evaluation.completed", 2, 3, _same),  # the landscape's figures of version 2, seconds of a rollout
     Upcast("bascule.train.started", 1, 2, _same),  # versions
     Upcast("bascule.adapter.checkpointed", 1, 2, _same),  # base
     Upcast("bascule.adapter.published", 1, 2, _same),  # data_digest, metrics, base
     Upcast("bascule.run.started", 1, 2, _same),  # RunConfig.sandbox
     Upcast("bascule.run.forked", 1, 2, _same),  # RunConfig.sandbox
+    Upcast("bascule.trajectory.logged", 1, 2, _same),  # WorkMeasured
+    Upcast("bascule.trajectory.scored", 2, 3, _same),  # measured
+    Upcast("bascule.episodes.requested", 1, 2, _same),  # perturbed
+    Upcast("bascule.tool.called", 1, 2, _same),  # WorkMeasured, trial
+    Upcast("bascule.train.failed", 1, 2, _same),  # measured
+    Upcast("bascule.model.called", 1, 2, _same),  # cached tokens, stop_reason, request_blob
+    Upcast("bascule.adapter.checkpointed", 2, 3, _same),  # probe
+    Upcast("bascule.adapter.served", 1, 2, _same),  # probe
+    Upcast("bascule.candidate.promoted", 1, 2, _same),  # GateFigures of version 2 of the rules
+    Upcast("bascule.candidate.rejected", 1, 2, _same),  # the same
     Upcast("bascule.run.started", 2, 3, _config_v3),
     Upcast("bascule.run.forked", 2, 3, _config_v3),
 )

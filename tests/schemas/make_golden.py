@@ -13,10 +13,19 @@ import msgspec
 
 from bascule.schemas import events as ev
 from bascule.schemas import subjects
+from bascule.schemas.budget import Bounds, BudgetConfig, MachinePrice, Price
 from bascule.schemas.codec import decode
 from bascule.schemas.decision import Evidence, Option
 from bascule.schemas.envelope import Envelope, Producer
-from bascule.schemas.landscape import Interval, Measured, RewardLandscape
+from bascule.schemas.landscape import (
+    Histogram,
+    Interval,
+    Measured,
+    MeasuredEvaluation,
+    RewardLandscape,
+    Spread,
+    WorkMeasured,
+)
 from bascule.schemas.run import EvaluationConfig, GateConfig, PluginChoice, PluginPin, RunConfig
 from bascule.schemas.sandbox import Canary, SandboxConfig, SandboxReport
 from bascule.schemas.trajectory import (
@@ -36,6 +45,7 @@ from bascule.schemas.trajectory import (
 GOLDEN = Path(__file__).with_name("golden")
 RUN = "arith-1"
 MEASURED = Measured(seconds=0.731)
+WORK = WorkMeasured(seconds=0.731, share=0.25, device="NVIDIA H200")
 SAMPLING = Sampling(temperature=0.5, max_tokens=6, stop=("\n",))
 BLOB = ev.BlobRef(
     sha256="9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08", size=70001, media="application/json"
@@ -49,6 +59,7 @@ PIN = PluginPin(
 )
 CONFIG = RunConfig(
     task=PluginChoice(name="arith", params={"digits": 2}),
+    second=PluginChoice(name="task", params={"strict": True}),
     model="smollm2-360m-instruct",
     engine=PluginChoice(name="constant", params={"text": "7"}),
     policy=PluginChoice(name="rules", params={"patience": 2}),
@@ -57,14 +68,37 @@ CONFIG = RunConfig(
     max_generations=3,
     seed=7,
     evaluation=EvaluationConfig(
-        dev_examples=20, sealed_examples=30, train_groups=4, train_samples=2, train_temperature=0.9
+        dev_examples=20,
+        sealed_examples=30,
+        train_groups=4,
+        train_samples=2,
+        train_temperature=0.9,
+        perturbed=10,
+        regression=12,
+        fresh_dev=15,
     ),
-    gate=GateConfig(alpha=0.01),
+    gate=GateConfig(alpha=0.01, guard="thresholdout", margin=0.02),
     algorithms={"grpo": {"steps": 3, "learning_rate": 0.01}},
     shard_size=16,
     concurrency=64,
     threads=2,
     sandbox=SandboxConfig(require=("files", "network"), unsafe=True),
+    harness={"system_prompt.md": "Answer with the number.\n"},
+    budget=BudgetConfig(
+        generations=3,
+        rollouts=10_000,
+        tokens=50_000,
+        seconds=3600.0,
+        gpu_seconds=600.5,
+        dollars=2.5,
+        levers={
+            "weights": Bounds(
+                generations=2, rollouts=9_000, tokens=40_000, seconds=1800.0, gpu_seconds=500.5, dollars=1.5
+            )
+        },
+    ),
+    prices={"claude": Price(input=5.0, output=25.0, cache_read=0.5, cache_write=6.25)},
+    machine=MachinePrice(gpu_hour=4.0, cpu_hour=0.2),
 )
 SANDBOX = SandboxReport(
     kind="layered",
@@ -85,7 +119,12 @@ CALL = ModelCall(
     sampling=SAMPLING,
     seed=281474976710655,
     adapter="arith-1.g02-i001",
+    usage=(3, 2),
 )
+PROBE = ev.AdapterProbe(
+    ids=pack_ids([1, 2, 49151]), logprobs=pack_floats([-0.125, -2.5]), base=pack_floats([-0.25, -2.0]), dtype="float32"
+)
+SERVED = ev.ServedProbe(tokens=2, largest=1e-05, bound=0.002, from_base=0.5, dtype="float32", replicas=2)
 TOOLS = (
     ToolCall(name="lookup", arguments='{"row":3}', result='"zwölf"', error="refused"),
     Note(text="attempt 1 of 2: no answer in the reply, asking again"),
@@ -109,7 +148,21 @@ LANDSCAPE = RewardLandscape(
     output_tokens=3.25,
     distinct_rewards=2,
     step_rewards=30,
+    density=0.125,
+    density_interval=INTERVAL,
+    mean_interval=INTERVAL,
+    success_interval=INTERVAL,
+    informative_interval=INTERVAL,
+    step_interval=INTERVAL,
+    step_density=0.5,
+    step_calls=60,
+    tokens=Spread(34.75, 51.0),
+    rewards=Histogram((0.0, 0.5, 1.0), (35, 4)),
+    ess=0.91,
+    kl_to_base=0.43,
+    regression_drop=0.015,
 )
+PAIRED = ev.PairedFigures(pairs=100, difference=0.02, wins=5, losses=3, p_better=0.36, p_worse=0.86)
 FIGURES = ev.GateFigures(
     test="mcnemar-exact",
     score=0.74,
@@ -119,6 +172,12 @@ FIGURES = ev.GateFigures(
     losses=2,
     p=1.2e-28,
     alpha=0.05,
+    reason="better on dev: 95 better and 2 worse, p = 1.2e-28",
+    guard=ev.GuardFigures(kind="ladder", difference=0.62, threshold=0.18, reported=0.74),
+    cheaper=ev.CheaperFigures(saved=0.3, margin=0.02, p=0.001),
+    regression=PAIRED,
+    perturbed=PAIRED,
+    second=ev.SecondFigures(**msgspec.structs.asdict(PAIRED), divergence=0.6, interval=INTERVAL),
 )
 OPTIONS = (
     Option(lever="weights", algorithm="grpo", feasible=False, score=0.4, reasons=("informative groups .02 < .1",)),
@@ -152,7 +211,7 @@ def full() -> dict[str, tuple[str, ev.Data]]:
         error=ERROR,
         prompt_tokens=3,
         output_tokens=2,
-        measured=MEASURED,
+        measured=WORK,
         body=Trajectory(steps=(CALL, *TOOLS), answer="25", error=ERROR),
         blob=BLOB,
     )
@@ -162,6 +221,8 @@ def full() -> dict[str, tuple[str, ev.Data]]:
         position=3,
         sample=1,
         verdict=Scored(reward=0.75, passed=True, well_formed=False, steps=(0.25, 0.5)),
+        measured=WORK,
+        second=Unscored(reason="The scorer failed."),
     )
     unscored = msgspec.structs.replace(scored, verdict=Unscored(reason="The scoring process was stopped."))
     found: list[tuple[str, ev.Data]] = [
@@ -213,6 +274,7 @@ def full() -> dict[str, tuple[str, ev.Data]]:
                 harness=DIGEST,
                 adapter="g01-i002",
                 engine=PluginChoice(name="constant", params={"text": "7"}),
+                perturbed=True,
             ),
         ),
         (s.trajectory_logged(r, name), trajectory),
@@ -226,14 +288,14 @@ def full() -> dict[str, tuple[str, ev.Data]]:
                 generation=1,
                 split="train",
                 landscape=LANDSCAPE,
-                measured=MEASURED,
+                measured=MeasuredEvaluation(seconds=0.731, rollout=Spread(0.018, 0.025)),
             ),
         ),
         (
             s.candidate_gate(r, 1),
-            ev.CandidatePromoted(generation=1, over=0, figures=FIGURES, gate_version="1"),
+            ev.CandidatePromoted(generation=1, over=0, figures=FIGURES, gate_version="3"),
         ),
-        (s.candidate_gate(r, 2), ev.CandidateRejected(generation=2, over=1, figures=FIGURES, gate_version="1")),
+        (s.candidate_gate(r, 2), ev.CandidateRejected(generation=2, over=1, figures=FIGURES, gate_version="3")),
         (
             s.lever_chosen(r, 1),
             ev.LeverChosen(
@@ -260,6 +322,10 @@ def full() -> dict[str, tuple[str, ev.Data]]:
                 input_tokens=11,
                 output_tokens=2,
                 measured=MEASURED,
+                cache_read_tokens=40,
+                cache_write_tokens=7,
+                stop_reason="tool_use",
+                request_blob=BLOB,
             ),
         ),
         (
@@ -271,7 +337,8 @@ def full() -> dict[str, tuple[str, ev.Data]]:
                 arguments={"q": [1, 2.5, True]},
                 result="found",
                 error="late",
-                measured=MEASURED,
+                measured=WORK,
+                trial=ev.TrialCost(rollouts=8, prompt_tokens=96, output_tokens=24),
             ),
         ),
         (
@@ -310,6 +377,7 @@ def full() -> dict[str, tuple[str, ev.Data]]:
                 metrics={"loss": -0.0123, "kl": 1e-05},
                 measured=MEASURED,
                 base=DIGEST,
+                probe=PROBE,
             ),
         ),
         (
@@ -326,10 +394,13 @@ def full() -> dict[str, tuple[str, ev.Data]]:
                 base=DIGEST,
             ),
         ),
-        (s.train_outcome(r, 2), ev.TrainFailed(generation=2, attempt=1, reason="no group", figures={"groups": 0.5})),
+        (
+            s.train_outcome(r, 2),
+            ev.TrainFailed(generation=2, attempt=1, reason="no group", figures={"groups": 0.5}, measured=MEASURED),
+        ),
         (
             s.adapter_served(r, "g01-i002"),
-            ev.AdapterServed(adapter="g01-i002", sha256=BLOB.sha256, engine="transformers"),
+            ev.AdapterServed(adapter="g01-i002", sha256=BLOB.sha256, engine="vllm", probe=SERVED),
         ),
         (
             s.sandbox_probed(r, "rollout", "1a2b3c"),
@@ -341,6 +412,7 @@ def full() -> dict[str, tuple[str, ev.Data]]:
         ),
         (s.run_paused(r, 1), ev.RunPaused(reason="somebody asked")),
         (s.run_resumed(r, 1), ev.RunResumed()),
+        (s.run_rolled_back(r, 1), ev.RunRolledBack(generation=2, reason="somebody asked")),
         (s.run_end(r), ev.RunCancelled(reason="somebody asked")),
         (s.run_end(r), ev.RunCompleted(best=1, generations=3, reason="max_generations", sealed=SEALED)),
         (s.run_end(r), ev.RunFailed(service="meta", reason="The first harness is not usable.")),

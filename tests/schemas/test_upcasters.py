@@ -13,7 +13,7 @@ from bascule.schemas import codec, subjects
 from bascule.schemas.envelope import Envelope, Producer
 from bascule.schemas.errors import SchemaError
 from bascule.schemas.events import TYPES, RunPaused, TrajectoryLogged
-from bascule.schemas.landscape import Measured
+from bascule.schemas.landscape import WorkMeasured
 from bascule.schemas.trajectory import ModelCall, Output, Sampling, Trajectory, pack_floats, pack_ids
 from bascule.schemas.upcasters import STEPS, Upcast, prove
 
@@ -100,13 +100,14 @@ def test_a_process_with_a_gap_in_its_steps_does_not_start() -> None:
 
 
 def at_version(monkeypatch: pytest.MonkeyPatch, type_: type[Any], version: int, *upcasts: Upcast) -> None:
-    """As if ``type_`` were at ``version`` and ``upcasts`` led there."""
+    """As if ``type_`` were at ``version`` and ``upcasts`` alone led there."""
     key = (type_.TYPE, type_.VERSION)
     for table in (TYPES, codec._decoders):
         monkeypatch.delitem(table, key)
     monkeypatch.setitem(TYPES, (type_.TYPE, version), type_)
     monkeypatch.setitem(codec._decoders, (type_.TYPE, version), msgspec.json.Decoder(type_))
-    for at, function in prove(TYPES, (*STEPS, *upcasts)).items():
+    others = [s for s in STEPS if s.type != type_.TYPE]
+    for at, function in prove(TYPES, (*others, *upcasts)).items():
         monkeypatch.setitem(codec.UPCASTERS, at, function)
 
 
@@ -125,7 +126,7 @@ def test_a_trajectory_of_version_one_is_read_by_code_at_version_three(monkeypatc
         error=None,
         prompt_tokens=3,
         output_tokens=2,
-        measured=Measured(seconds=0.5),
+        measured=WorkMeasured(seconds=0.5),
         body=Trajectory(steps=(call,), answer="25"),
     )
 
