@@ -19,12 +19,12 @@ RESAMPLES = 9999
 _BLOCK = 8
 
 
-def wilson(successes: float, n: int) -> Interval:
+def wilson(successes: float, n: float) -> Interval:
     """The 95% score interval of a proportion (Wilson 1927, JASA 22:209, without continuity correction).
 
     Args:
         successes: in [0, n]; may be fractional where an example's success is a mean over its samples.
-        n: number of examples; 0 gives the whole of [0, 1].
+        n: number of examples, or of effective samples; 0 gives the whole of [0, 1].
     """
     if not 0 <= successes <= n:
         raise ValueError(f"{successes} successes of {n} is no proportion.")
@@ -53,6 +53,48 @@ def score_interval(scores: Sequence[float], *, pass_fail: bool) -> Interval:
         return Interval(mean, mean)
     half = Z95 * math.sqrt(math.fsum((s - mean) ** 2 for s in scores) / (n - 1) / n)
     return Interval(mean - half, mean + half)
+
+
+def clustered_interval(sums: Sequence[float], counts: Sequence[int]) -> Interval | None:
+    """The normal 95% interval of the mean over samples that come in groups; None for fewer than two groups.
+
+    Args:
+        sums, counts: of each group, which has at least one sample.
+    """
+    if len(counts) < 2:
+        return None
+    n = sum(counts)
+    mean = math.fsum(sums) / n
+    half = Z95 * math.sqrt(_clustered_variance(sums, counts, mean))
+    return Interval(mean - half, mean + half)
+
+
+def clustered_wilson(successes: Sequence[int], counts: Sequence[int]) -> Interval:
+    """Wilson's 95% interval of a proportion over samples that come in groups.
+
+    Samples of one example are alike, so fewer trials than there are samples: p (1 - p) / v, with v the variance of p by
+    linearisation (the effective sample size of Kish 1965, Survey Sampling, section 8.2). It is held between the number
+    of groups, which is also what is taken where all or none succeed, and the number of samples.
+
+    Args:
+        successes, counts: of each group, which has at least one sample.
+    """
+    groups, n = len(counts), sum(counts)
+    if n == 0:
+        return wilson(0, 0)
+    p = sum(successes) / n
+    trials: float = groups
+    if groups > 1 and 0 < p < 1:
+        variance = _clustered_variance(successes, counts, p)
+        trials = n if variance == 0 else min(n, max(groups, p * (1 - p) / variance))
+    return wilson(p * trials, trials)
+
+
+def _clustered_variance(sums: Sequence[float], counts: Sequence[int], mean: float) -> float:
+    """Variance of the ratio of ``sums`` and ``counts`` by linearisation (Cochran 1977, Sampling Techniques, 6.3)."""
+    groups, n = len(counts), sum(counts)
+    squares = math.fsum((s - mean * c) ** 2 for s, c in zip(sums, counts, strict=True))
+    return squares * groups / (groups - 1) / (n * n)
 
 
 def mcnemar_exact(wins: int, losses: int) -> float:
@@ -100,3 +142,81 @@ def _signed_sums(values: Sequence[int], *, pad: bool = False) -> list[int]:
     for v in values:
         sums = [s + v for s in sums] + [s - v for s in sums]
     return sums * (2**_BLOCK // len(sums)) if pad else sums
+
+
+#: Of the interval that the share of pairs that differ is searched in; the value that Berger and Boos work with.
+NUISANCE_LEVEL = 0.001
+_NUISANCE_POINTS = 24
+_NEGLIGIBLE = 1e-18
+
+
+def non_inferiority_exact(wins: int, losses: int, n: int, *, margin: float) -> float:
+    """One-sided test of "worse by less than ``margin``" on ``n`` pairs of pass/fail.
+
+    P(wins - losses as large or larger), unconditional and, but for the grid, exact: wins and losses are trinomial with
+    a difference of ``-margin``, and the share of pairs that differ is not known. The largest probability over its 99.9%
+    interval is taken, plus the 0.1% outside (Berger & Boos 1994, JASA 89:1012), on a grid of 24 shares.
+
+    Raises:
+        ValueError: the counts are no counts of pairs, or the margin is not in (0, 1).
+    """
+    if wins < 0 or losses < 0 or wins + losses > n:
+        raise ValueError(f"{wins} better and {losses} worse are not counts of {n} pairs.")
+    if not 0 < margin < 1:
+        raise ValueError(f"{margin} is no margin: it lies between 0 and 1.")
+    if n == 0:
+        return 1.0
+    low, high = _proportion_bounds(wins + losses, n, NUISANCE_LEVEL)
+    # A difference of -margin needs at least so many pairs that differ.
+    low, high = max(low, margin), max(high, margin)
+    grid = [low + (high - low) * i / (_NUISANCE_POINTS - 1) for i in range(_NUISANCE_POINTS)]
+    return min(1.0, NUISANCE_LEVEL + max(_excess(wins - losses, n, d, (d - margin) / 2) for d in grid))
+
+
+def _log_binomial(k: int, n: int, p: float) -> float:
+    """Log of the probability of ``k`` successes in ``n``."""
+    if p <= 0 or p >= 1:
+        return 0.0 if k == (0 if p <= 0 else n) else -math.inf
+    ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    return ways + k * math.log(p) + (n - k) * math.log1p(-p)
+
+
+def _binomial_tail(k: int, n: int, p: float) -> float:
+    """P(at least ``k`` successes in ``n``)."""
+    if k <= 0:
+        return 1.0
+    if k > n:
+        return 0.0
+    if k <= n * p:  # the shorter side
+        return 1.0 - _binomial_tail(n - k + 1, n, 1 - p)
+    total = 0.0
+    for i in range(k, n + 1):
+        term = math.exp(_log_binomial(i, n, p))
+        total += term
+        if term < _NEGLIGIBLE:
+            break
+    return min(1.0, total)
+
+
+def _excess(least: int, n: int, differ: float, win: float) -> float:
+    """P(wins - losses >= ``least``) of ``n`` pairs that differ, and are won, with these probabilities."""
+    total = 0.0
+    for pairs in range(n + 1):
+        weight = math.exp(_log_binomial(pairs, n, differ))
+        if weight > _NEGLIGIBLE:
+            total += weight * _binomial_tail(math.ceil((pairs + least) / 2), pairs, win / differ)
+    return min(1.0, total)
+
+
+def _proportion_bounds(successes: int, n: int, level: float) -> tuple[float, float]:
+    """The exact two-sided interval of a proportion (Clopper & Pearson 1934, Biometrika 26:404), by bisection."""
+
+    def solve(wanted: float, successes: int) -> float:
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if _binomial_tail(successes, n, middle) < wanted else (low, middle)
+        return low
+
+    lower = 0.0 if successes == 0 else solve(level / 2, successes)
+    return lower, 1.0 if successes == n else solve(1 - level / 2, successes + 1)

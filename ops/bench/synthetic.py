@@ -16,7 +16,7 @@ from bascule.schemas.codec import encode
 from bascule.schemas.decision import Evidence, Option
 from bascule.schemas.envelope import Draft, Producer
 from bascule.schemas.harness import make_harness
-from bascule.schemas.landscape import Interval, Measured, RewardLandscape
+from bascule.schemas.landscape import Interval, Measured, MeasuredEvaluation, RewardLandscape
 from bascule.schemas.run import PluginChoice, PluginPin, RunConfig
 from bascule.schemas.trajectory import ModelCall, Output, Sampling, Scored, Trajectory, pack_floats, pack_ids
 
@@ -126,7 +126,7 @@ def _generation(run: str, g: int, cause: str) -> Iterator[Draft]:
                 generation=g,
                 split=request.split,
                 landscape=_LANDSCAPE,
-                measured=Measured(seconds=12.5),
+                measured=MeasuredEvaluation(seconds=12.5),
             )
             done = subjects.evaluation_completed(run, request.evaluation)
             yield Draft(subject=done, step=g, cause=subjects.event_id(draft.subject), data=completed)

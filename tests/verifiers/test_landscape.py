@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterator
+from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bascule.schemas.landscape import RewardLandscape
 from bascule.schemas.trajectory import Scored, Unscored
-from bascule.verifiers.landscape import SampleFigures, landscape
-from bascule.verifiers.statistics import wilson
+from bascule.verifiers.landscape import SampleFigures, histogram, landscape, spread
+from bascule.verifiers.statistics import clustered_wilson, wilson
 
 LOST = Unscored(reason="the scorer crashed")
 
@@ -91,8 +94,15 @@ def test_order_does_not_matter_and_every_figure_is_finite(groups: list[list[Samp
 
 
 def _numbers(found: RewardLandscape) -> list[float]:
-    values = msgspec.to_builtins(found)
-    return [*values.pop("pass_rates"), *values.pop("score_interval").values(), *values.values()]
+    return list(_flat(msgspec.to_builtins(found)))
+
+
+def _flat(value: Any) -> Iterator[float]:
+    if isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _flat(inner)
+    else:
+        yield value
 
 
 def test_step_rewards_are_counted_and_leave_no_trace_where_there_are_none() -> None:
@@ -100,3 +110,125 @@ def test_step_rewards_are_counted_and_leave_no_trace_where_there_are_none() -> N
     stepped = SampleFigures(verdict=Scored(reward=1.0, steps=(0.25, 0.75)))
     assert landscape([[stepped, sample(1.0)], [stepped, sample(None)]]).step_rewards == 2
     assert "step_rewards" not in msgspec.to_builtins(landscape([[sample(1.0), sample(None)]]))
+
+
+NEW = {
+    "density", "density_interval", "mean_interval", "success_interval", "informative_interval", "step_interval",
+    "step_density", "step_calls", "tokens", "rewards", "ess", "kl_to_base", "regression_drop",
+}  # fmt: skip
+
+
+@settings(deadline=None)
+@given(GROUPS)
+def test_a_landscape_of_version_one_has_no_trace_of_later_figures(groups: list[list[SampleFigures]]) -> None:
+    first, second = (msgspec.to_builtins(landscape(groups, version=v)) for v in (1, 2))
+    assert not NEW & set(first)
+    assert {k: v for k, v in second.items() if k not in NEW} == first
+
+
+def stepped(reward: float, *steps: float) -> SampleFigures:
+    return SampleFigures(verdict=Scored(reward=reward, passed=reward > 0.5, steps=steps), prompt_tokens=1)
+
+
+def test_the_figures_of_version_two_by_hand() -> None:
+    found = landscape(
+        [
+            [stepped(1.0, 0.5, 0.0, 0.5), stepped(0.0, 0.0)],
+            [stepped(0.25), sample(None, tokens=10)],
+            [sample(0.0), sample(0.0)],
+            [],
+        ]
+    )
+    assert found.density == 2 / 5
+    assert found.density_interval == clustered_wilson([1, 1, 0], [2, 1, 2])
+    assert found.success_interval == clustered_wilson([1, 0, 0], [2, 1, 2])
+    assert found.informative_interval == wilson(1, 4)
+    assert (found.step_rewards, found.step_calls, found.step_density) == (2, 4, 0.5)
+    assert found.step_interval == clustered_wilson([2, 0, 0], [2, 1, 2])
+    assert found.tokens is not None
+    assert (found.tokens.mean, found.tokens.p95) == ((1 + 1 + 1 + 110 + 44 + 44) / 6, 110)
+    assert found.rewards is not None
+    assert found.rewards.counts == (3, 0, 1, 0, 0, 0, 0, 0, 0, 1)
+    assert found.rewards.edges == pytest.approx([i / 10 for i in range(11)])
+
+
+def test_what_nothing_was_seen_of_is_left_out() -> None:
+    empty = landscape([[], []])
+    assert (empty.density, empty.density_interval, empty.mean_interval, empty.rewards) == (None, None, None, None)
+    assert (empty.tokens, empty.step_density, empty.step_interval) == (None, None, None)
+    assert empty.informative_interval == wilson(0, 2)
+    unscored = landscape([[sample(None)]])
+    assert unscored.tokens is not None
+    assert unscored.density is None
+    assert landscape([[sample(0.0)]]).density == 0.0
+    assert landscape([[sample(1.0), sample(0.0)]]).mean_interval is None, "one example says nothing of others"
+
+
+REWARDS = st.lists(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=6), min_size=2, max_size=12)
+
+
+@settings(deadline=None)
+@given(REWARDS)
+def test_the_interval_of_the_mean_is_that_of_the_linearised_ratio(groups: list[list[float]]) -> None:
+    """Each sample's residual, summed within its group, as survey sampling has it."""
+    found = landscape([[sample(r) for r in g] for g in groups])
+    values = np.concatenate([np.array(g) for g in groups])
+    residuals = np.array([np.sum(np.array(g) - values.mean()) for g in groups])
+    variance = residuals @ residuals * len(groups) / (len(groups) - 1) / len(values) ** 2
+    assert found.mean_interval is not None
+    scale = 1e-9 * float(np.abs(values).max()) + 1e-12
+    assert found.mean_interval.high - found.mean == pytest.approx(
+        1.959963984540054 * variance**0.5, rel=1e-9, abs=scale
+    )
+    assert found.mean - found.mean_interval.low == pytest.approx(1.959963984540054 * variance**0.5, rel=1e-9, abs=scale)
+
+
+FLOATS = st.lists(st.floats(-1e9, 1e9) | st.sampled_from([0.0, 1.0, 0.1, 0.3, 1 / 3]), min_size=1, max_size=60)
+
+
+@settings(deadline=None)
+@given(FLOATS)
+def test_moments_density_and_percentile_are_numpys(values: list[float]) -> None:
+    found, array = landscape([[sample(v)] for v in values]), np.array(values)
+    assert found.mean == pytest.approx(array.mean(), rel=1e-9, abs=1e-6)
+    assert found.variance == pytest.approx(array.var(), rel=1e-9, abs=1e-6)
+    assert found.density == np.count_nonzero(array) / len(array)
+    spread_ = spread(values)
+    assert spread_ is not None
+    assert spread_.p95 == np.percentile(array, 95, method="inverted_cdf")
+
+
+@settings(deadline=None)
+@given(FLOATS)
+def test_every_reward_is_in_the_bin_whose_edges_hold_it(values: list[float]) -> None:
+    found = histogram(values)
+    assert found is not None
+    assert len(found.edges) == 11
+    assert list(found.edges) == sorted(found.edges)
+    held = [
+        sum(a <= v < b or (i == 9 and v == b) for v in values)
+        for i, (a, b) in enumerate(zip(found.edges, found.edges[1:], strict=False))
+    ]
+    assert list(found.counts) == held
+    assert sum(held) == len(values)
+    assert found.edges[0] <= min(values) <= max(values) <= found.edges[-1]
+    expected = np.histogram_bin_edges(np.array(values), 10)
+    assert list(found.edges) == pytest.approx(expected.tolist(), rel=1e-9, abs=1e-6)
+
+
+@settings(deadline=None)
+@given(GROUPS)
+def test_each_interval_holds_its_figure(groups: list[list[SampleFigures]]) -> None:
+    found = landscape(groups)
+    scored = found.samples - found.unscored
+    pairs = [
+        (found.density, found.density_interval),
+        (found.success_rate, found.success_interval),
+        (found.informative, found.informative_interval),
+        (found.mean, found.mean_interval),
+        (found.step_rewards / max(scored, 1), found.step_interval),
+    ]
+    for value, interval in pairs:
+        if interval is not None:
+            assert value is not None
+            assert interval.low - 1e-12 <= value <= interval.high + 1e-12
