@@ -1,4 +1,4 @@
-"""The gate's laws."""
+"""The gate's laws, by the first rules: the paired test alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from bascule.schemas.run import GateConfig
 from bascule.verifiers.gate import gate, gate_version, paired_test, score
 
-CONFIG = GateConfig(alpha=0.05)
+CONFIG = GateConfig(version=1)
 REWARD = st.sampled_from([0.0, 1.0, None])
 GRADED = st.sampled_from([0.0, 0.25, 0.5, 1.0, None])
 PAIRS = st.one_of(
@@ -52,11 +52,11 @@ def test_an_identical_candidate_is_rejected(rewards: list[float | None]) -> None
 def test_five_wins_without_a_loss_are_enough_at_five_percent_and_four_are_not() -> None:
     assert gate([1.0] * 5 + [0.0] * 95, [0.0] * 100, config=CONFIG, seed=0)[0]
     assert not gate([1.0] * 4 + [0.0] * 96, [0.0] * 100, config=CONFIG, seed=0)[0]
-    assert gate([1.0] * 4 + [0.0] * 96, [0.0] * 100, config=GateConfig(alpha=0.07), seed=0)[0]
+    assert gate([1.0] * 4 + [0.0] * 96, [0.0] * 100, config=GateConfig(version=1, alpha=0.07), seed=0)[0]
 
 
 def test_a_worse_candidate_is_rejected_even_where_alpha_would_allow_it() -> None:
-    assert not gate([0.0, 1.0, 0.0], [1.0, 0.0, 1.0], config=GateConfig(alpha=0.99), seed=0)[0]
+    assert not gate([0.0, 1.0, 0.0], [1.0, 0.0, 1.0], config=GateConfig(version=1, alpha=0.99), seed=0)[0]
 
 
 def test_a_position_that_the_parent_has_no_verdict_for_is_no_pair_but_stays_in_the_denominator() -> None:
@@ -89,8 +89,9 @@ def test_being_unscored_is_never_better_than_a_parent_that_was_punished() -> Non
 
 
 def test_a_decision_names_the_rules_that_it_needed() -> None:
-    assert gate_version([1.0, None], [0.0, None]) == gate_version([1.0], None) == "1"
-    assert gate_version([1.0, None], [0.0, 0.0]) == "2"
+    assert gate_version([1.0, None], [0.0, None], CONFIG) == gate_version([1.0], None, CONFIG) == "1"
+    assert gate_version([1.0, None], [0.0, 0.0], CONFIG) == "2"
+    assert gate_version([1.0, None], [0.0, 0.0], GateConfig()) == gate_version([1.0], None, GateConfig()) == "3"
 
 
 def test_other_rewards_than_pass_and_fail_are_compared_by_their_size() -> None:
@@ -104,7 +105,7 @@ def test_other_rewards_than_pass_and_fail_are_compared_by_their_size() -> None:
 
 
 def test_many_small_wins_do_not_outweigh_a_large_loss() -> None:
-    promote, figures = gate([0.1] * 10 + [-9.0], [0.0] * 11, config=GateConfig(alpha=0.99), seed=0)
+    promote, figures = gate([0.1] * 10 + [-9.0], [0.0] * 11, config=GateConfig(version=1, alpha=0.99), seed=0)
     assert figures.wins > figures.losses
     assert not promote
 
