@@ -9,8 +9,9 @@ import msgspec
 
 from bascule.plugins.algorithm import Requires
 from bascule.plugins.task import Allows, Example
+from bascule.schemas.budget import BudgetConfig
 from bascule.schemas.decision import LeverDecision
-from bascule.schemas.events import GateFigures, ModelCalled, ToolCalled
+from bascule.schemas.events import GateFigures, ModelCalled, ToolCalled, TrialCost
 from bascule.schemas.harness import Harness
 from bascule.schemas.landscape import RewardLandscape
 
@@ -38,11 +39,21 @@ class Performed(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         answer: the model's answer, as plain JSON; for a tool ``{"result": text}`` or ``{"error": text}``.
+        input_tokens: without those read from or written to the endpoint's cache, which are counted beside them.
+        stop_reason: why the model's answer ended.
+        pause: what a person should look at before the run goes on; the call is recorded, and the run pauses with it.
+        trial: what a tool that ran episodes ran; ``device`` is what their model computes on.
     """
 
     answer: dict[str, Any]
     input_tokens: int = 0
     output_tokens: int = 0
+    cache_read_tokens: int = 0
+    cache_write_tokens: int = 0
+    stop_reason: str | None = None
+    pause: str | None = None
+    trial: TrialCost | None = None
+    device: str = ""
 
 
 class Generation(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,12 +90,22 @@ class AlgorithmInfo(msgspec.Struct, frozen=True, kw_only=True):
     params: dict[str, Any]
 
 
+class TrainOutcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of one episode on train: its trajectory's id, the kind of its error, its reward if it was scored."""
+
+    trajectory: str
+    error: str | None
+    reward: float | None
+
+
 class PolicyInput(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that a lever choice may depend on; all of it is in the log.
 
     Attributes:
         generation: the one to be chosen.
         best: generation of the promoted candidate.
+        outcomes: of the promoted candidate's episodes on train, in order.
+        ordinal: the task's rewards are ranks: an order, whose distances say nothing.
     """
 
     generation: int
@@ -94,10 +115,27 @@ class PolicyInput(msgspec.Struct, frozen=True, kw_only=True):
     best: int
     algorithms: tuple[AlgorithmInfo, ...]
     edits_left: int | None = None
+    outcomes: tuple[TrainOutcome, ...] = ()
+    ordinal: bool = False
+    budget_left: BudgetConfig = BudgetConfig()
+
+
+class PolicyStart(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a run before it starts.
+
+    Attributes:
+        train_samples: samples of each example in the landscapes over train.
+    """
+
+    levers: tuple[Literal["harness", "weights"], ...]
+    algorithms: tuple[AlgorithmInfo, ...]
+    train_samples: int
 
 
 #: The tool that the feedback service offers to every author: a harness is tried on train items.
 TRIAL = "trial"
+#: The tool that it offers to every policy and author: ``{"trajectory": id}`` of an episode on train, told as text.
+READ = "read_trajectory"
 
 
 class TrialRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -141,9 +179,34 @@ class Performer(Protocol):
         """Make the call. Its result is recorded, so a crash repeats only a call that was under way.
 
         Raises:
-            BasculeError: it cannot be made; the service stops, and the call is made again after a resume.
+            ModelError: it cannot be made; the run is paused, and the call is made again after a resume.
+            BasculeError: any other; the service stops, and the call is made again after a resume.
         """
         ...
+
+
+@runtime_checkable
+class ChecksReady(Protocol):
+    """What a performer has as well whose calls need something of the machine that they are made on."""
+
+    def ready(self) -> None:
+        """See whether it is there; asked once, before the run spends anything.
+
+        Raises:
+            ModelError: a key or a package is missing.
+        """
+        ...
+
+
+@runtime_checkable
+class CallsModels(Protocol):
+    """What a policy or an author that calls models has as well.
+
+    Attributes:
+        models: their names, as its calls have them; a run that is bounded in dollars needs a price of each.
+    """
+
+    models: tuple[str, ...]
 
 
 class Policy(Protocol):
@@ -157,14 +220,34 @@ class Policy(Protocol):
         ...
 
 
+@runtime_checkable
+class ChecksStart(Protocol):
+    """What a policy has as well that is told what to do and can say beforehand that a run does not allow it.
+
+    Attributes:
+        named: algorithms that it is told to use; their parameters are checked before the run starts.
+    """
+
+    named: tuple[str, ...]
+
+    def check(self, given: PolicyStart) -> None:
+        """Refuse a run in which it could not do as it is told.
+
+        Raises:
+            ConfigError: names what does not fit.
+        """
+        ...
+
+
 class TrainEvidence(msgspec.Struct, frozen=True, kw_only=True):
-    """One train trajectory as an author sees it."""
+    """One train trajectory as an author sees it; ``trajectory`` is its id."""
 
     example: Example
     truth: str
     answer: str | None
     error: str | None
     reward: float | None
+    trajectory: str = ""
 
 
 #: What stands in ``AuthorInput.tried`` for a generation in which the author had no usable edit.

@@ -9,30 +9,39 @@ highest score wins. Thresholds are parameters, scores are not:
 =========  =====================================================  =====  ==================================  =========
 algorithm  preferred where                                        score  elsewhere                           score
 =========  =====================================================  =====  ==================================  =========
-ppo        the verifier rewards single model calls in at least    0.9    its critic learns from the last     0.24
-           ``step_rewards`` of the samples                               reward alone
+dpo        the task's rewards are ranks, and it says so           0.95   rewards say more than ranks         0.26
+reinforce  a regression is to be feared: with the newest job the  0.92   the KL divergence to the base is    0.28
+           score on the regression set fell by more than                 held down, at the cost of speed
+           ``regression`` and one standard error, or the KL
+           divergence to the base is over ``max_base_kl``
+ppo        the verifier rewards single model calls in at least    0.9    its critic learns from few steps    0.24
+           ``step_rewards`` of the samples, and at least                 or from the last reward alone
+           ``step_density`` of those rewards are not 0
 entropic   rewards are more than pass and fail, and their skew    0.85   few high rewards to weigh up        0.22
            is over ``skew``
 grpo       at least ``informative`` of the groups have differing  0.8    in proportion to their share        below 0.6
            rewards
 best_of_n  the start is cold: success below ``cold_success`` and  0.7    winners to clone, no cold start     0.35
            informative groups below ``cold_informative``
-reinforce  a regression is to be feared, which nothing measures          the KL divergence to the base is    0.28
-                                                                         held down, at the cost of speed
-dpo        the verifier can only rank, which none does                   rewards say more than ranks         0.26
 =========  =====================================================  =====  ==================================  =========
 
 ``trl-grpo`` trains as grpo does, with TRL, and is taken only where the parameter ``algorithm`` asks for it.
 
-Every job since the last promotion of an algorithm's halves its score, so that another one has its turn. Algorithms of
-other plugins are judged as the built-in one that requires the same: winners as best_of_n, differing rewards as grpo,
-pairs as dpo, anything else as reinforce.
+Every job since the last promotion of an algorithm's halves its score, so that another one has its turn, but not at
+once: while it is feasible and its jobs leave adapters, an algorithm is kept for ``min_updates`` jobs in a row, and
+after that until another one scores higher by more than ``margin``. It has the best score of all algorithms then, so
+that keeping it does not change which lever is pulled.
+
+Algorithms of other plugins are judged as the built-in one that requires the same: winners as best_of_n, differing
+rewards as grpo, pairs as dpo, anything else as reinforce where no regression is to be feared.
 
 What decides for grpo is not the pass rate p but how often a group is informative, I(p, G) = 1 - p^G - (1 - p)^G:
 group-relative advantages are worth little below I = 0.3. At a cold start, with hardly a success, cloning the few
 verified winners is the safer step. Without any success, and where all rewards are equal, nothing is feasible.
 
-Version 1 knew grpo and best_of_n only; runs that are pinned to it are decided as they were.
+The table is that of version 3. Version 2 kept no algorithm and measured no risk: its reinforce and dpo are never
+preferred, and its ppo does not ask for ``step_density``. Version 1 knew grpo and best_of_n only. Runs that are pinned
+to either are decided as they were.
 """
 
 from __future__ import annotations
@@ -42,15 +51,27 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from bascule.plugins.policy import AlgorithmInfo, CallResult, Generation, PolicyInput
-from bascule.schemas.decision import Evidence, LeverDecision, Option
-from bascule.schemas.errors import ConfigError
-from bascule.schemas.landscape import RewardLandscape
+from bascule.plugins.policies.evidence import (
+    FIRST,
+    SECOND,
+    THIRD,
+    evidence,
+    failures,
+    jobs_in_a_row,
+    on_regression_set,
+    plateau,
+    promoted,
+)
+from bascule.plugins.policies.feasibility import check_named, only, parameters, unmet
+from bascule.plugins.policy import AlgorithmInfo, CallResult, Generation, PolicyInput, PolicyStart
+from bascule.schemas.decision import LeverDecision, Option
+from bascule.schemas.landscape import Interval, RewardLandscape
 
-Version = Literal["1", "2"]
-VERSION: Version = "2"
-_FIGURES = ("success_rate", "informative", "format_failures", "errors", "mean", "variance")
-_FIGURES_2 = (*_FIGURES, "skew", "distinct_rewards", "step_rewards")
+Version = Literal["1", "2", "3"]
+VERSION: Version = "3"
+_FIGURES = {"1": FIRST, "2": SECOND, "3": THIRD}
+#: One-sided p of a difference of one standard error: a hint is enough to be careful.
+_ONE_ERROR = 0.16
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
@@ -63,6 +84,11 @@ class Thresholds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         cold_success, cold_informative: below both, the start is cold and winners are cloned.
         step_rewards: fraction of samples with rewards of single model calls from which a critic is preferred.
         skew: of the rewards, over which the few high ones are weighed up.
+        step_density: fraction of those rewards that are not 0, from which they tell a critic enough.
+        regression: fall of the score on the regression set above which a regression is to be feared.
+        max_base_kl: KL divergence to the base, in nats a token, above which it is as well.
+        min_updates: jobs in a row that an algorithm is kept for.
+        margin: by how much another one's score must be higher after that.
         stop_below: no feasible option scoring at least this ends the run.
         algorithm: pull weights with this one where it is feasible, whichever the table prefers.
     """
@@ -72,7 +98,12 @@ class Thresholds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     cold_success: Fraction = 0.05
     cold_informative: Fraction = 0.10
     step_rewards: Fraction = 0.20
+    step_density: Fraction = 0.20
     skew: float = 1.0
+    regression: Fraction = 0.02
+    max_base_kl: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    min_updates: Annotated[int, msgspec.Meta(ge=1)] = 2
+    margin: Fraction = 0.05
     stop_below: Fraction = 0.15
     algorithm: str | None = None
 
@@ -83,12 +114,7 @@ def make(params: dict[str, Any], version: Version = VERSION) -> Rules:
     Raises:
         ConfigError: a threshold is unknown or out of range.
     """
-    try:
-        return Rules(msgspec.convert(params, Thresholds), version)
-    except msgspec.ValidationError as e:
-        raise ConfigError(
-            f"The policy rules cannot take these parameters: {e}.", next_step="Correct that value."
-        ) from e
+    return Rules(parameters("rules", params, Thresholds), version)
 
 
 class Rules:
@@ -99,78 +125,67 @@ class Rules:
     def __init__(self, thresholds: Thresholds, version: Version) -> None:
         self.thresholds = thresholds
         self.version: str = version
+        self._rules: Version = version
+        self.named: tuple[str, ...] = () if thresholds.algorithm is None else (thresholds.algorithm,)
+
+    def check(self, given: PolicyStart) -> None:
+        """Refuse an algorithm by name that is not there, or that the run could never use."""
+        for algorithm in self.named:
+            check_named(self.name, algorithm, given)
 
     def step(self, given: PolicyInput, results: Sequence[CallResult]) -> LeverDecision:
         """Score every option, and take the best feasible one."""
         del results  # asks for no calls
         t = self.thresholds
-        best = next(g for g in given.history if g.generation == given.best)
-        first = self.version == "1"
-        evidence = _evidence(given, best, _FIGURES if first else _FIGURES_2)
-        weights = [_weights(given, best, a, t, first=first) for a in given.algorithms]
-        options = [_harness(given, t), *(_only(weights, t.algorithm) if t.algorithm else weights)]
+        seen = evidence(given, _FIGURES[self._rules])
+        options = [_harness(given, t), *algorithm_options(self.name, given, t, self._rules)]
         feasible = [o for o in options if o.feasible]
         top = max(feasible, key=lambda o: o.score or 0.0, default=None)
         if given.generation > given.max_generations:
             reasons: tuple[str, ...] = (f"all {given.max_generations} generations are used",)
-            return LeverDecision(lever="stop", reasons=reasons, options=tuple(options), evidence=evidence)
+            return LeverDecision(lever="stop", reasons=reasons, options=tuple(options), evidence=seen)
         if top is None or (top.score or 0.0) < t.stop_below:
             reasons = ("nothing feasible is expected to help",)
-            return LeverDecision(lever="stop", reasons=reasons, options=tuple(options), evidence=evidence)
+            return LeverDecision(lever="stop", reasons=reasons, options=tuple(options), evidence=seen)
         return LeverDecision(
-            lever=top.lever, algorithm=top.algorithm, reasons=top.reasons, options=tuple(options), evidence=evidence
+            lever=top.lever, algorithm=top.algorithm, reasons=top.reasons, options=tuple(options), evidence=seen
         )
 
 
-def _only(options: list[Option], algorithm: str) -> list[Option]:
-    """The named algorithm at the score of the best one, the others out; what is not feasible stays so."""
-    if algorithm not in [o.algorithm for o in options]:
-        known = ", ".join(o.algorithm or "" for o in options)
-        raise ConfigError(f"The policy rules is told to use {algorithm!r}, and there is none.", next_step=f"{known}.")
-    top = max((o.score or 0.0 for o in options if o.feasible), default=None)
-    asked = f"the parameter algorithm asks for {algorithm}"
-    out = []
-    for o in options:
-        if o.algorithm != algorithm:
-            out.append(msgspec.structs.replace(o, feasible=False, score=None, reasons=(*o.reasons, asked)))
-        else:
-            score = top if o.feasible else None
-            out.append(msgspec.structs.replace(o, score=score, reasons=(*o.reasons, asked)))
-    return out
+def algorithm_options(
+    policy: str, given: PolicyInput, t: Thresholds, version: Version = VERSION, *, scheduled: bool = False
+) -> list[Option]:
+    """Every algorithm as an option, by the table; where one is asked for by name, the others are out.
+
+    Args:
+        policy: who asks, for the message.
+        scheduled: the lever is chosen otherwise, and no score is raised for its sake.
+
+    Raises:
+        ConfigError: there is no algorithm of that name.
+    """
+    best = promoted(given)
+    options = [_weights(given, best, a, t, version, scheduled=scheduled) for a in given.algorithms]
+    if t.algorithm is not None:
+        return only(policy, options, t.algorithm)
+    return options if version in ("1", "2") else _keeping(options, given.history, t)
 
 
-def _evidence(given: PolicyInput, best: Generation, figures: Sequence[str]) -> tuple[Evidence, ...]:
-    found = [Evidence(name="harness plateau", value=plateau(given.history), event=best.gate_event or "")]
-    if best.train is not None and best.train_event:
-        found += [
-            Evidence(name=f"train {name}", value=float(getattr(best.train, name)), event=best.train_event)
-            for name in figures
-        ]
-    if best.dev is not None and best.dev_event:
-        found.append(Evidence(name="dev score", value=best.dev.score, event=best.dev_event))
-    return tuple(found)
-
-
-def plateau(history: Sequence[Generation]) -> int:
-    """Harness edits since the last promoted one."""
-    count = 0
-    for g in reversed(history):
-        if g.lever == "harness":
-            if g.outcome == "promoted":
-                break
-            count += 1
-    return count
-
-
-def failures(history: Sequence[Generation], algorithm: str) -> int:
-    """Jobs of an algorithm since its last promoted one."""
-    count = 0
-    for g in reversed(history):
-        if g.lever == "weights" and g.algorithm == algorithm:
-            if g.outcome == "promoted":
-                break
-            count += 1
-    return count
+def _keeping(options: list[Option], history: Sequence[Generation], t: Thresholds) -> list[Option]:
+    """The options with the algorithm of the newest job first and at the best score, where it is to be kept."""
+    algorithm, jobs = jobs_in_a_row(history)
+    own = next((o for o in options if o.feasible and o.algorithm == algorithm), None)
+    if own is None:
+        return options
+    top = max(o.score or 0.0 for o in options if o.feasible)
+    score = own.score or 0.0
+    if jobs >= t.min_updates and (score == top or top > score + t.margin):
+        return options
+    why = f"kept: {jobs} job(s) in a row, of at least {t.min_updates}"
+    if jobs >= t.min_updates:
+        why = f"kept: no other scores higher than its {score:.3g} by more than {t.margin:g}"
+    kept = msgspec.structs.replace(own, score=top, reasons=(*own.reasons, why))
+    return [kept, *(o for o in options if o is not own)]  # the first of equal scores is chosen
 
 
 def _harness(given: PolicyInput, t: Thresholds) -> Option:
@@ -186,46 +201,25 @@ def _harness(given: PolicyInput, t: Thresholds) -> Option:
     return Option(lever="harness", score=score, reasons=(f"a plateau: {flat} edit(s) in a row without promotion",))
 
 
-def unmet(info: AlgorithmInfo, landscape: RewardLandscape | None, *, first: bool = False) -> tuple[str, ...]:
-    """Which requirements fail, on which figure; ``first`` asks only what version 1 asked."""
-    if landscape is None:
-        return ("there is no landscape over train",)
-    r, land = info.requires, landscape
-    out = []
-    if r.behaviour_logprobs and land.output_tokens == 0:
-        out.append("the engine gives no tokens with log-probabilities (0 a trajectory)")
-    if r.reward_variance and land.informative == 0:
-        out.append(f"no group has differing rewards (0 of {land.groups} informative)")
-    if r.winners and land.success_rate == 0:
-        out.append(f"no verified success in {land.samples} samples")
-    if first:
-        return tuple(out)
-    samples = int(info.params["num_generations"]) if r.on_policy else land.samples // max(land.groups, 1)
-    if samples < r.group_size:
-        out.append(f"it needs groups of {r.group_size}, and they have {samples} samples")
-    if r.pairs and land.informative == 0:
-        out.append(f"no sample is ranked above another of its group (in 0 of {land.groups} groups)")
-    if r.step_rewards and land.step_rewards == 0:
-        out.append(f"no model call has a reward of its own (in 0 of {land.samples} samples)")
-    if land.variance == 0 and land.step_rewards == 0 and not out and not r.winners:
-        out.append(f"all rewards are {land.mean:g} ({land.samples} samples)")
-    return tuple(out)
-
-
-def _weights(given: PolicyInput, best: Generation, info: AlgorithmInfo, t: Thresholds, *, first: bool) -> Option:
-    name = info.name
+def _weights(
+    given: PolicyInput, best: Generation, info: AlgorithmInfo, t: Thresholds, version: Version, *, scheduled: bool
+) -> Option:
+    name, first = info.name, version == "1"
     if "weights" not in given.levers:
         return Option(lever="weights", algorithm=name, feasible=False, reasons=("the run leaves the weights alone",))
     missing = unmet(info, best.train, first=first)
     if missing or best.train is None:
         return Option(lever="weights", algorithm=name, feasible=False, reasons=missing)
-    score, why = _preference(_kind(info, first=first), best.train, t)
+    if version in ("1", "2"):
+        score, why = _preference(_kind(info, first=first), best.train, t)
+    else:
+        score, why = _third(info, given, best.train, t)
     reasons = [why]
     failed = failures(given.history, name)
     if failed:
         score *= 0.5**failed
         reasons.append(f"{failed} job(s) in a row without promotion")
-    untried = not any(g.lever == "weights" for g in given.history)
+    untried = not scheduled and not any(g.lever == "weights" for g in given.history)
     if untried and "harness" in given.levers and given.generation == given.max_generations:
         score += 1.0
         reasons.append("the last generation, and weights were never tried")
@@ -240,6 +234,44 @@ def _kind(info: AlgorithmInfo, *, first: bool) -> str:
         return info.name
     r = info.requires
     return "best_of_n" if r.winners else "grpo" if r.reward_variance else "dpo" if r.pairs else "reinforce"
+
+
+def _third(info: AlgorithmInfo, given: PolicyInput, land: RewardLandscape, t: Thresholds) -> tuple[float, str]:
+    """The score of a row in version 3, and why."""
+    kind = _kind(info, first=False)
+    match kind:
+        case "dpo" if given.ordinal:
+            return 0.95, "the task's rewards are ranks: an order, whose distances say nothing"
+        case "reinforce" if info.name == kind and (risk := _risk(given.history, land, t)) is not None:
+            return 0.92, f"a regression is to be feared: {risk}"
+        case "ppo" if land.step_density is not None and land.step_density < t.step_density:
+            of = f"{land.step_density:.2f} of {land.step_calls} step rewards are not 0"
+            return 0.24, f"{of}, below {t.step_density:.2f}: a critic has little to learn from"
+    score, why = _preference(kind, land, t)
+    intervals = {
+        "grpo": ("the informative share", land.informative_interval),
+        "best_of_n": ("success", land.success_interval),
+        "ppo": ("their share", land.step_interval),
+    }
+    name, interval = intervals.get(kind, ("", None))
+    return score, f"{why}{_interval(name, interval)}"
+
+
+def _risk(history: Sequence[Generation], land: RewardLandscape, t: Thresholds) -> str | None:
+    """Why a regression is to be feared; None if nothing measured says so."""
+    tested = on_regression_set(history)
+    if tested is not None and -tested[1].difference > t.regression and tested[1].p_worse < _ONE_ERROR:
+        fell = f"the score on the regression set fell by {-tested[1].difference:.3f} with the job of generation"
+        return f"{fell} {tested[0].generation} (p = {tested[1].p_worse:.2g}), over {t.regression:g}"
+    if land.regression_drop is not None and land.regression_drop > t.regression:
+        return f"the score on the regression set fell by {land.regression_drop:.3f}, over {t.regression:g}"
+    if land.kl_to_base is not None and land.kl_to_base > t.max_base_kl:
+        return f"the KL divergence to the base is {land.kl_to_base:.2f} nats a token, over {t.max_base_kl:g}"
+    return None
+
+
+def _interval(name: str, found: Interval | None) -> str:
+    return "" if found is None else f" (95% interval of {name} {found.low:.2f} to {found.high:.2f})"
 
 
 def _preference(kind: str, land: RewardLandscape, t: Thresholds) -> tuple[float, str]:

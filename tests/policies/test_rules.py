@@ -10,42 +10,14 @@ import pytest
 from bascule.plugins.algorithm import Requires
 from bascule.plugins.loader import plugins
 from bascule.plugins.policies.rules import make
-from bascule.plugins.policy import AlgorithmInfo, Generation, PolicyInput
+from bascule.plugins.policy import AlgorithmInfo, ChecksStart, Generation, PolicyStart
+from bascule.schemas.decision import LeverDecision
 from bascule.schemas.errors import ConfigError
-from bascule.schemas.landscape import Interval, RewardLandscape
+from bascule.schemas.events import GateFigures, PairedFigures
+from bascule.schemas.landscape import Interval
+from tests.policies.given import FIRST, LAND, generation, given
 
-LAND = RewardLandscape(
-    groups=32, samples=256, unscored=0, score=0.4, score_interval=Interval(0.3, 0.5), mean=0.4, variance=0.24, skew=0.4,
-    success_rate=0.4, pass_rates=(4, 6, 6, 6, 6, 4), informative=0.75, format_failures=0.0, errors=0.0,
-    prompt_tokens=50.0, output_tokens=3.0, distinct_rewards=2,
-)  # fmt: skip
-
-
-def generation(number: int, **values: Any) -> Generation:
-    return Generation(
-        **{
-            "generation": number, "parent": None, "lever": None, "algorithm": None, "edit": None, "outcome": "promoted",
-            "train": LAND, "train_event": "t", "gate_event": "g", **values,
-        }
-    )  # fmt: skip
-
-
-FIRST = generation(0)
 EDIT_FAILED = generation(1, lever="harness", outcome="rejected")
-
-
-def given(*history: Generation, **values: Any) -> PolicyInput:
-    found = plugins().registry.algorithms.items
-    algorithms = tuple(
-        AlgorithmInfo(name=a.name, version=a.version, requires=a.requires, params=a.defaults())
-        for _, a in sorted(found.items())
-    )
-    return PolicyInput(
-        **{
-            "generation": len(history), "max_generations": 9, "levers": ("harness", "weights"), "history": history,
-            "best": max(g.generation for g in history if g.outcome == "promoted"), "algorithms": algorithms, **values,
-        }
-    )  # fmt: skip
 
 
 def choice(*history: Generation, **values: Any) -> tuple[str, str | None]:
@@ -180,15 +152,171 @@ def test_an_algorithm_of_another_plugin_is_judged_by_what_it_requires(requires: 
     assert decision.options[-1].score == score
 
 
+def sequence(version: str, jobs: int = 8) -> list[str | None]:
+    """What is tried if no job is ever promoted."""
+    policy = plugins().registry.policies.get("rules", version)({})
+    tried: list[Generation] = []
+    for number in range(1, jobs + 1):
+        decision = policy.step(given(FIRST, *tried, levers=("weights",), max_generations=20), ())
+        assert isinstance(decision, LeverDecision)
+        assert decision.lever == "weights"
+        tried.append(generation(number, lever="weights", algorithm=decision.algorithm, outcome="rejected"))
+    return [j.algorithm for j in tried]
+
+
 def test_every_algorithm_has_its_turn_before_one_is_tried_for_the_third_time() -> None:
-    jobs: list[Generation] = []
-    for number in range(1, 9):
-        lever, name = choice(FIRST, *jobs, levers=("weights",), max_generations=20)
-        assert lever == "weights"
-        jobs.append(generation(number, lever="weights", algorithm=name, outcome="rejected"))
-    tried = [j.algorithm for j in jobs]
+    tried = sequence("3", 12)
+    assert tried == [a for a in ("grpo", "best_of_n", "reinforce", "dpo", "ppo", "entropic") for _ in range(2)]
+
+
+def test_a_run_that_is_pinned_to_the_second_version_keeps_no_algorithm() -> None:
+    tried = sequence("2")
     assert tried[:3] == ["grpo", "grpo", "best_of_n"]
+    assert tried[3] != "best_of_n"
     assert set(tried) == {"ppo", "entropic", "grpo", "best_of_n", "reinforce", "dpo"}
+
+
+def job(number: int, algorithm: str, outcome: str = "promoted", **figures: Any) -> Generation:
+    land = msgspec.structs.replace(LAND, **figures)
+    return generation(number, lever="weights", algorithm=algorithm, outcome=outcome, train=land)
+
+
+SKEWED = {"distinct_rewards": 40, "skew": 1.5}  # entropic 0.85, grpo 0.8
+
+
+def test_an_algorithm_is_kept_for_its_updates_and_then_until_another_is_better_by_the_margin() -> None:
+    once, twice = [job(1, "grpo", **SKEWED)], [job(1, "grpo"), job(2, "grpo", **SKEWED)]
+    weights = {"levers": ("weights",)}
+    for history, params, expected in [
+        (once, {}, "grpo"),
+        (once, {"min_updates": 1}, "grpo"),
+        (once, {"min_updates": 1, "margin": 0.04}, "entropic"),
+        (twice, {}, "grpo"),
+        (twice, {"margin": 0.04}, "entropic"),
+        (twice, {"min_updates": 3, "margin": 0.04}, "grpo"),
+        ([*twice, job(3, "grpo", step_rewards=200)], {}, "ppo"),
+    ]:
+        decision = make(params).step(given(FIRST, *history, **weights), ())
+        assert decision.algorithm == expected, (params, len(history))
+        assert any("kept: " in r for r in decision.reasons) == (expected == "grpo")
+        scores = {o.algorithm: o.score for o in decision.options if o.feasible}
+        assert scores[decision.algorithm] == max(s for s in scores.values() if s is not None)
+
+
+def test_what_is_not_feasible_any_more_or_left_no_adapter_is_not_kept() -> None:
+    weights = {"levers": ("weights",)}
+    flat = job(1, "grpo", informative=0.0)
+    assert make({}).step(given(FIRST, flat, **weights), ()).algorithm != "grpo"
+    failed = [job(1, "grpo", "failed"), job(2, "grpo", "failed")]
+    assert make({}).step(given(FIRST, *failed, **weights), ()).algorithm == "best_of_n"
+    lost = [job(1, "grpo", "rejected"), job(2, "best_of_n", "failed")]
+    assert make({"patience": 3}).step(given(FIRST, *lost, **weights), ()).algorithm == "grpo"
+
+
+def test_keeping_an_algorithm_does_not_change_which_lever_is_pulled() -> None:
+    """A rejected job leaves grpo 0.4, and a plateau the harness 0.5."""
+    history = (FIRST, EDIT_FAILED, generation(2, lever="weights", algorithm="grpo", outcome="rejected"))
+    assert choice(*history) == ("harness", None)
+
+
+@pytest.mark.parametrize(
+    ("figures", "reason"),
+    [
+        ({"regression_drop": 0.05}, "the score on the regression set fell by 0.050"),
+        ({"kl_to_base": 1.5}, "the KL divergence to the base is 1.50 nats a token"),
+        ({"kl_to_base": 1.5, "step_rewards": 256, **SKEWED}, "over 1"),
+    ],
+)
+def test_where_a_regression_is_to_be_feared_the_divergence_is_held_down(figures: dict[str, Any], reason: str) -> None:
+    land = msgspec.structs.replace(LAND, **figures)
+    asked = given(generation(0, train=land), levers=("weights",))
+    decision = make({}).step(asked, ())
+    assert decision.algorithm == "reinforce"
+    assert reason in decision.reasons[0]
+    assert {e.name for e in decision.evidence} >= {
+        f"train {n}" for n in figures if n in ("kl_to_base", "regression_drop")
+    }
+    assert make({"regression": 0.1, "max_base_kl": 2.0}).step(asked, ()).algorithm != "reinforce"
+    second = plugins().registry.policies.get("rules", "2")({}).step(asked, ())
+    assert isinstance(second, LeverDecision)
+    assert second.algorithm != "reinforce"
+
+
+@pytest.mark.parametrize(
+    ("difference", "p_worse", "algorithm"), [(-0.1, 0.01, "reinforce"), (-0.1, 0.4, "grpo"), (-0.01, 0.01, "grpo")]
+)
+def test_a_job_that_cost_more_than_noise_on_the_regression_set_is_followed_by_a_careful_one(
+    difference: float, p_worse: float, algorithm: str
+) -> None:
+    tested = PairedFigures(pairs=50, difference=difference, wins=1, losses=6, p_better=1 - p_worse, p_worse=p_worse)
+    gate = GateFigures(test="mcnemar-exact", score=0.5, score_interval=Interval(0.4, 0.6), regression=tested)
+    job_ = generation(1, lever="weights", algorithm="grpo", outcome="rejected", gate=gate)
+    edit = generation(2, lever="harness", outcome="rejected")
+    decision = make({"min_updates": 1}).step(given(FIRST, job_, edit, levers=("weights",)), ())
+    assert decision.algorithm == algorithm
+    assert [e.value for e in decision.evidence if e.name == "regression difference"] == [difference]
+    calm = msgspec.structs.replace(gate, regression=msgspec.structs.replace(tested, difference=0.0, p_worse=0.5))
+    careful = generation(3, lever="weights", algorithm="reinforce", outcome="rejected", gate=calm)
+    assert make({"min_updates": 1}).step(given(FIRST, job_, careful, levers=("weights",)), ()).algorithm == "grpo"
+
+
+def test_no_measured_risk_is_no_risk() -> None:
+    calm = msgspec.structs.replace(LAND, kl_to_base=0.5, regression_drop=-0.1)
+    assert choice(generation(0, train=calm), levers=("weights",))[1] == "grpo"
+
+
+def test_an_algorithm_of_another_plugin_is_not_trusted_to_hold_the_divergence_down() -> None:
+    info = AlgorithmInfo(name="other", version="1", requires=Requires(), params={"num_generations": 8})
+    risky = generation(0, train=msgspec.structs.replace(LAND, kl_to_base=9.0))
+    decision = make({}).step(given(risky, levers=("weights",), algorithms=(info,)), ())
+    assert decision.options[-1].score == 0.28
+
+
+def test_ranks_are_trained_from_as_pairs_where_the_task_says_that_they_are_ranks() -> None:
+    assert choice(FIRST, levers=("weights",), ordinal=True)[1] == "dpo"
+    tied = generation(0, train=msgspec.structs.replace(LAND, informative=0.0))
+    assert choice(tied, levers=("weights",), ordinal=True)[1] != "dpo"
+    second = plugins().registry.policies.get("rules", "2")({}).step(given(FIRST, levers=("weights",), ordinal=True), ())
+    assert isinstance(second, LeverDecision)
+    assert second.algorithm == "grpo"
+
+
+def test_step_rewards_that_are_almost_all_nothing_leave_a_critic_little() -> None:
+    land = msgspec.structs.replace(LAND, step_rewards=256, step_calls=2000, step_density=0.05)
+    assert choice(generation(0, train=land), levers=("weights",))[1] == "grpo"
+    dense = msgspec.structs.replace(land, step_density=0.5)
+    assert choice(generation(0, train=dense), levers=("weights",))[1] == "ppo"
+
+
+def test_a_fraction_that_was_compared_is_shown_with_its_interval() -> None:
+    land = msgspec.structs.replace(LAND, informative_interval=Interval(0.58, 0.87))
+    decision = make({}).step(given(generation(0, train=land), levers=("weights",)), ())
+    assert "(95% interval of the informative share 0.58 to 0.87)" in decision.reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "train_samples", "params", "requirement"),
+    [
+        ("grpo", 8, {"num_generations": 1}, "group_size"),
+        ("grpo", 1, {}, "reward_variance"),
+        ("dpo", 1, {}, "pairs"),
+        ("nope", 8, {}, "there is none"),
+    ],
+)
+def test_an_algorithm_that_a_run_can_never_use_is_refused_by_name_before_it_starts(
+    algorithm: str, train_samples: int, params: dict[str, Any], requirement: str
+) -> None:
+    infos = tuple(msgspec.structs.replace(a, params={**a.params, **params}) for a in given(FIRST).algorithms)
+    levers = ("harness", "weights")
+    start = PolicyStart(levers=levers, algorithms=infos, train_samples=train_samples)
+    for name in ("rules", "fixed", "alternate"):
+        policy = plugins().registry.policies.get(name)({"algorithm": algorithm})
+        assert isinstance(policy, ChecksStart)
+        with pytest.raises(ConfigError, match=requirement):
+            policy.check(start)
+        fitting = plugins().registry.policies.get(name)({"algorithm": "best_of_n"})
+        assert isinstance(fitting, ChecksStart)
+        fitting.check(start)
 
 
 def test_the_bridge_to_trl_is_taken_only_where_it_is_asked_for() -> None:
