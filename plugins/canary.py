@@ -28,7 +28,7 @@ PREFIX = "bcanary-"
 #: Hexadecimal digits after the prefix.
 DIGITS = 32
 #: The splits whose answers nobody but the scoring process may know.
-HIDDEN: tuple[Split, ...] = ("dev", "sealed")
+HIDDEN: tuple[Split, ...] = ("dev", "sealed", "regression")
 _KEY_BYTES = 32
 
 

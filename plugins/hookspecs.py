@@ -14,7 +14,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec
 def bascule_register(registry: Registry) -> None:
-    """Register algorithms, tasks, policies, authors, engines and redactors under their names.
+    """Register algorithms, tasks, second verifiers, policies, authors, engines and redactors under their names.
 
     Heavy imports belong into the factories and methods, not here: ``bascule plugins`` calls this hook.
     """

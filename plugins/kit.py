@@ -275,7 +275,8 @@ def _baselines(task: Task, public: PublicFace) -> Check:
 
 def _defaults(task: Task) -> Check:
     try:
-        parse_config({"task": {"name": task.name}, **task.defaults()})
+        defaults = task.defaults()
+        parse_config({**defaults, "task": {"params": {}, **defaults.get("task", {}), "name": task.name}})
     except BasculeError as e:
         return check("defaults", "its defaults are a valid configuration", [e.message], "Correct them.")
     return check("defaults", "its defaults are a valid configuration", [], "")

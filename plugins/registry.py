@@ -9,7 +9,7 @@ from bascule.plugins.algorithm import Algorithm
 from bascule.plugins.engine import EngineFactory
 from bascule.plugins.policy import Author, Policy
 from bascule.plugins.redactor import Redactor
-from bascule.plugins.task import TaskFactory
+from bascule.plugins.task import TaskFactory, VerifierFactory
 from bascule.schemas.errors import ConfigError, PluginError
 
 T = TypeVar("T")
@@ -109,6 +109,7 @@ class Registry:
         self.owner = "bascule"
         self.algorithms: Kind[Algorithm] = Kind("algorithm")
         self.tasks: Kind[TaskFactory] = Kind("task")
+        self.verifiers: Kind[VerifierFactory] = Kind("verifier")
         self.policies: Kind[Callable[[dict[str, Any]], Policy]] = Kind("policy")
         self.authors: Kind[Callable[[dict[str, Any]], Author]] = Kind("author")
         self.engines: Kind[EngineFactory] = Kind("engine")
@@ -116,7 +117,7 @@ class Registry:
 
     @property
     def kinds(self) -> tuple[Kind[Any], ...]:
-        return (self.algorithms, self.tasks, self.policies, self.authors, self.engines, self.redactors)
+        return (self.algorithms, self.tasks, self.verifiers, self.policies, self.authors, self.engines, self.redactors)
 
     def algorithm(self, item: Algorithm, *, earlier: bool = False) -> None:
         self.algorithms.add(item.name, item, owner=self.owner, version=item.version, earlier=earlier)
@@ -128,13 +129,19 @@ class Registry:
         """All tasks ``prefix:name``; ``make`` gets the name, and must be light."""
         self.tasks.add_family(prefix, make, owner=self.owner, version=version)
 
+    def verifier(self, name: str, factory: VerifierFactory, *, version: str) -> None:
+        """A second verifier, to stand beside a task's own; it is made and asked in the scoring process."""
+        self.verifiers.add(name, factory, owner=self.owner, version=version)
+
     def policy(
         self, name: str, factory: Callable[[dict[str, Any]], Policy], *, version: str, earlier: bool = False
     ) -> None:
         self.policies.add(name, factory, owner=self.owner, version=version, earlier=earlier)
 
-    def author(self, name: str, factory: Callable[[dict[str, Any]], Author], *, version: str) -> None:
-        self.authors.add(name, factory, owner=self.owner, version=version)
+    def author(
+        self, name: str, factory: Callable[[dict[str, Any]], Author], *, version: str, earlier: bool = False
+    ) -> None:
+        self.authors.add(name, factory, owner=self.owner, version=version, earlier=earlier)
 
     def engine(self, name: str, factory: EngineFactory, *, version: str) -> None:
         self.engines.add(name, factory, owner=self.owner, version=version)

@@ -46,6 +46,7 @@ class PublicFace(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What levers and agents may see: the specification, train items with answers, dev and sealed questions.
 
     Attributes:
+        regression: questions beside the task's own that a candidate must not become worse at; empty for most tasks.
         description: what the task is, for people and authors.
         answers: train answers by example id, as the text a perfect agent would give.
         max_answer_tokens: how long an answer can be.
@@ -68,13 +69,14 @@ class PublicFace(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     allows: Allows = Allows()
     regime: str = ""
     restricted: bool = False
+    regression: tuple[Example, ...] = ()
 
     def split(self, name: Split) -> tuple[Example, ...]:
-        return {"train": self.train, "dev": self.dev, "sealed": self.sealed}[name]
+        return {"train": self.train, "dev": self.dev, "sealed": self.sealed, "regression": self.regression}[name]
 
 
 class PrivateFace(Protocol):
-    """The answers of dev and sealed, and the scorer. Only the scoring process opens it.
+    """The answers of dev, sealed and regression, and the scorer. Only the scoring process opens it.
 
     It is opened with the rights of the user that runs Bascule and scores with fewer: it may read any file then, and
     write none of that user's. An attribute ``seconds`` says how long one verdict takes at most, if that is not 60.
@@ -134,6 +136,35 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @runtime_checkable
+class Ranks(Protocol):
+    """A task that can say that its rewards are ranks has this as well.
+
+    Attributes:
+        ordinal: whether they are: an order of what is better, whose distances say nothing.
+    """
+
+    ordinal: bool
+
+
+@runtime_checkable
+class Perturbs(Protocol):
+    """A task that knows how to ask its items otherwise has this as well, instead of the general rules."""
+
+    def perturbed(self, example: Example, seed: int) -> Example:
+        """The same item in another form or wording: another ``input``, the same right answer. Pure."""
+        ...
+
+
+@runtime_checkable
+class SecondOpinion(Protocol):
+    """A task that has a second verifier of its own, independent of the first, has this as well."""
+
+    def second(self) -> PrivateFace:
+        """Open it; called in the scoring process only."""
+        ...
+
+
+@runtime_checkable
 class Compares(Protocol):
     """A task that has recorded figures to compare with has this as well."""
 
@@ -177,6 +208,18 @@ class Task(Protocol):
 
     def defaults(self) -> dict[str, Any]:
         """Run configuration that suits the task (``RunConfig`` fields as plain values); the user's values win."""
+        ...
+
+
+class VerifierFactory(Protocol):
+    """Makes a second verifier for a task, which may open that task's private face for the truths."""
+
+    def __call__(self, task: Task, params: dict[str, Any]) -> PrivateFace:
+        """Called in the scoring process.
+
+        Raises:
+            BasculeError: it cannot judge this task; says why.
+        """
         ...
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 
 from bascule.schemas.errors import ScoringError
 from bascule.schemas.events import Split
+from bascule.schemas.run import PluginChoice
 from bascule.schemas.sandbox import SandboxConfig, SandboxReport
 from bascule.schemas.trajectory import Trajectory, Unscored, Verdict
 from bascule.verifiers.frames import FramedProcess, Lost, Refused, frame
@@ -42,6 +43,7 @@ class Scorer:
     Args:
         task: name of the task plugin.
         params: its parameters.
+        second: a second verifier beside the task's own.
         sandbox: what programs have to be confined by.
         report: what the sandbox of this machine is known to hold; probed at the start if it is None.
         timeout: seconds for one verdict, counted while the process works on it; by default what the private face says.
@@ -67,13 +69,14 @@ class Scorer:
         task: str,
         params: dict[str, Any],
         *,
+        second: PluginChoice | None = None,
         sandbox: SandboxConfig | None = None,
         report: SandboxReport | None = None,
         timeout: float | None = None,
         start_timeout: float = 600.0,
         tries: int = TRIES,
     ) -> None:
-        self._opening = Open(task=task, params=params)
+        self._opening = Open(task=task, params=params, second=second)
         self._sandbox = sandbox if sandbox is not None else SandboxConfig()
         self._open = False
         self._timeout = timeout
@@ -129,31 +132,46 @@ class Scorer:
         Raises:
             ScoringError: the scorer is not started, or closed.
         """
+        return (await self.opinions(split, example, answer, episode, second=False))[0]
+
+    async def opinions(
+        self, split: Split, example: str, answer: str | None, episode: Trajectory | None = None, *, second: bool = True
+    ) -> tuple[Verdict, Verdict | None]:
+        """The verdict as :meth:`score` gives it, and the second verifier's.
+
+        Args:
+            second: whether the second verifier is asked; None is its verdict if not, and where there is none.
+
+        Raises:
+            ScoringError: the scorer is not started, or closed.
+        """
         async with self._lock:
             if not self._open:
                 raise ScoringError("The scorer is not running.", next_step="Call start() first.")
             # JSON cannot hold lone surrogates, and an answer is whatever a model wrote.
             text = None if answer is None else answer.encode("utf-8", "replace").decode("utf-8")
             sent = episode if self.episodes else None
-            request = Request(id=next(self._ids), split=split, example=example, answer=text, episode=sent)
+            request = Request(
+                id=next(self._ids), split=split, example=example, answer=text, episode=sent, second=second
+            )
             try:
                 data = frame(request)
             except (ValueError, UnicodeEncodeError) as e:
-                return Unscored(reason=f"The episode cannot be sent to the scorer: {e}")
+                return Unscored(reason=f"The episode cannot be sent to the scorer: {e}"), None
             tries = self._tries if self._losses < PATIENCE else 1
             for _ in range(tries):
                 try:
                     if self._scoring.pid is None:
                         self.restarts += 1
                         await self._launch()
-                    verdict = await self._exchange(request.id, data)
+                    reply = await self._exchange(request.id, data)
                 except (Lost, ScoringError) as e:
                     self.lost = str(e)
                 else:
                     self.lost, self._losses = "", 0
-                    return verdict
+                    return reply.verdict, reply.second
             self._losses += 1
-            return Unscored(reason=f"Tried {'once' if tries == 1 else f'{tries} times'}: {self.lost}")
+            return Unscored(reason=f"Tried {'once' if tries == 1 else f'{tries} times'}: {self.lost}"), None
 
     async def close(self) -> None:
         """End the processes; calls that wait get a ScoringError."""
@@ -197,7 +215,7 @@ class Scorer:
             raise ScoringError(answer.message, next_step=answer.next_step)
         return answer
 
-    async def _exchange(self, identity: int, data: bytes) -> Verdict:
+    async def _exchange(self, identity: int, data: bytes) -> Reply:
         try:
             reply: Reply = await self._scoring.ask(data, Reply, self._seconds)
         except BaseException:
@@ -207,7 +225,7 @@ class Scorer:
         if reply.id != identity:
             await self._kill()
             raise Lost(f"the scoring process answered request {reply.id} instead of {identity}.")
-        return reply.verdict
+        return reply
 
     async def _kill(self) -> None:
         try:

@@ -27,6 +27,7 @@ from bascule.plugins.loader import plugins
 from bascule.plugins.task import PrivateFace, RunsPrograms, ScoresEpisodes
 from bascule.schemas.errors import BasculeError
 from bascule.schemas.events import Split
+from bascule.schemas.run import PluginChoice
 from bascule.schemas.trajectory import MOST_REWARD, MOST_STEPS, ModelCall, Scored, Trajectory, Unscored, Verdict
 from bascule.verifiers.frames import Refused, frame, own_streams, read_frame, where
 from bascule.verifiers.privileges import die_with, drop, shield
@@ -39,10 +40,11 @@ IN_ENVIRONMENT = 8
 
 
 class Open(msgspec.Struct, frozen=True, kw_only=True):
-    """Which task's private face to open."""
+    """Which task's private face to open, and which second verifier beside it."""
 
     task: str
     params: dict[str, Any]
+    second: PluginChoice | None = None
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
@@ -50,8 +52,8 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
 
     Attributes:
         programs: it runs programs, and waits for a server of them.
-        episodes: it scores whole episodes, not answers.
-        seconds: the most that one verdict takes.
+        episodes: it, or the second verifier, scores whole episodes, not answers.
+        seconds: the most that one verdict takes, both verifiers' together.
         uid: whose process it is now.
     """
 
@@ -62,20 +64,26 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """Score one answer; ``id`` comes back with the verdict. ``episode`` is there where the face scores episodes."""
+    """Score one answer; ``id`` comes back with the verdict. ``episode`` is there where a face scores episodes.
+
+    Attributes:
+        second: the second verifier is asked as well.
+    """
 
     id: int
     split: Split
     example: str
     answer: str | None
     episode: Trajectory | None = None
+    second: bool = False
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """The verdict on the request of that id."""
+    """The verdict on the request of that id; ``second`` is the second verifier's, where it was asked."""
 
     id: int
     verdict: Verdict
+    second: Verdict | None = None
 
 
 def judge(face: PrivateFace, request: Request) -> Verdict:
@@ -125,9 +133,9 @@ def fitting(verdict: Verdict, episode: Trajectory) -> Verdict:
 class _Judge:
     """Verdicts of an open private face, and what its programs have to do with them."""
 
-    def __init__(self, face: PrivateFace, channel: socket.socket | None) -> None:
+    def __init__(self, face: PrivateFace, programs: ServedPrograms | None) -> None:
         self._face = face
-        self._programs = ServedPrograms(channel) if isinstance(face, RunsPrograms) and channel is not None else None
+        self._programs = programs if isinstance(face, RunsPrograms) else None
         self._unusable: str | None = None
         if isinstance(face, RunsPrograms):
             try:
@@ -136,11 +144,6 @@ class _Judge:
                 face.use(self._programs)
             except Exception as e:
                 self._unusable = f"The scorer cannot run programs: {where(e)}."
-
-    @property
-    def lost(self) -> bool:
-        """The server of programs is gone; this process has to be started again with a new one."""
-        return self._programs is not None and self._programs.lost
 
     def verdict(self, request: Request) -> Verdict:
         if self._unusable is not None:
@@ -153,10 +156,11 @@ class _Judge:
         return verdict if self._programs.failure is None else Unscored(reason=self._programs.failure)
 
 
-OpenFace = Callable[[str, dict[str, Any]], PrivateFace]
+OpenFaces = Callable[[Open], tuple[PrivateFace, ...]]
+"""Opens the task's private face and, behind it, the second verifier where one is asked for."""
 
 
-def serve(source: BinaryIO, sink: BinaryIO, open_face: OpenFace, channel: socket.socket | None = None) -> None:
+def serve(source: BinaryIO, sink: BinaryIO, open_faces: OpenFaces, channel: socket.socket | None = None) -> None:
     """Answer frames until the source ends or the server of programs is gone."""
 
     def send(message: msgspec.Struct) -> None:
@@ -167,11 +171,11 @@ def serve(source: BinaryIO, sink: BinaryIO, open_face: OpenFace, channel: socket
     if opening is None:
         return
     try:
-        face = open_face(opening.task, opening.params)
+        faces = open_faces(opening)
         ready = Ready(
-            programs=isinstance(face, RunsPrograms),
-            episodes=isinstance(face, ScoresEpisodes),
-            seconds=float(getattr(face, "seconds", VERDICT_SECONDS)),
+            programs=any(isinstance(face, RunsPrograms) for face in faces),
+            episodes=any(isinstance(face, ScoresEpisodes) for face in faces),
+            seconds=sum(float(getattr(face, "seconds", VERDICT_SECONDS)) for face in faces),
             uid=drop(),
         )
     except BasculeError as e:
@@ -181,35 +185,44 @@ def serve(source: BinaryIO, sink: BinaryIO, open_face: OpenFace, channel: socket
         send(Refused(message=f"The private face of the task {opening.task!r} does not open: {where(e)}."))
         return
     send(ready)
-    judging = _Judge(face, channel)
-    while not judging.lost and (request := read_frame(source, Request)) is not None:
-        verdict = judging.verdict(request)
-        if judging.lost:
-            return  # no verdict: the request is made again to the next process
-        send(Reply(id=request.id, verdict=verdict))
+    programs = ServedPrograms(channel) if ready.programs and channel is not None else None
+    first, *second = [_Judge(face, programs) for face in faces]
+    while (request := read_frame(source, Request)) is not None:
+        verdict = first.verdict(request)
+        opinion = second[0].verdict(request) if second and request.second else None
+        if programs is not None and programs.lost:
+            return  # no verdict: the request is made again to the next process, with a new server of programs
+        send(Reply(id=request.id, verdict=verdict, second=opinion))
 
 
 _planted: list[Canaries] = []
 
 
-def open_private(task: str, params: dict[str, Any]) -> PrivateFace:
-    """Open the private face of an installed task, with canaries in this process's memory and environment."""
-    opened = plugins().registry.tasks.get(task)(params)
-    canaries = Canaries.of(canary_key(), task, opened.public())
+def open_private(opening: Open) -> tuple[PrivateFace, ...]:
+    """Open the private face of an installed task, with canaries in this process's memory and environment.
+
+    Raises:
+        BasculeError: there is no such task or second verifier, or one of them does not open.
+    """
+    registry = plugins().registry
+    opened = registry.tasks.get(opening.task)(opening.params)
+    canaries = Canaries.of(canary_key(), opening.task, opened.public())
     _planted.append(canaries)
     for number, token in enumerate(list(canaries.tokens)[:IN_ENVIRONMENT]):
         os.environ[f"BASCULE_TRUTH_{number}"] = token
-    return opened.private()
+    if opening.second is None:
+        return (opened.private(),)
+    return opened.private(), registry.verifiers.get(opening.second.name)(opened, opening.second.params)
 
 
-def main(open_face: OpenFace = open_private) -> None:
+def main(open_faces: OpenFaces = open_private) -> None:
     die_with(int(sys.argv[1]))
     shield()
     channel = socket.socket(fileno=int(sys.argv[2]))
     channel.set_inheritable(False)
     source, sink = own_streams()
     with contextlib.suppress(BrokenPipeError):
-        serve(source, sink, open_face, channel)
+        serve(source, sink, open_faces, channel)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from typing import Any
 
 from bascule.plugins.hookspecs import hookimpl
 from bascule.plugins.registry import Registry
-from bascule.plugins.task import Task, TaskFactory
+from bascule.plugins.task import PrivateFace, SecondOpinion, Task, TaskFactory
+from bascule.schemas.errors import ConfigError
 
 
 def _arith(params: dict[str, Any]) -> Task:
@@ -78,6 +79,18 @@ def _sia_dir(params: dict[str, Any]) -> Task:
     return SiaDir(params)
 
 
+def _second(task: Task, params: dict[str, Any]) -> PrivateFace:
+    """The second verifier that a task brings itself."""
+    if params:
+        raise ConfigError(f"The verifier task has no parameter {min(params)!r}.", next_step="Leave it out.")
+    if not isinstance(task, SecondOpinion):
+        raise ConfigError(
+            f"The task {task.name} has no second verifier of its own.",
+            next_step="Leave `second` out, or name a verifier of a plugin: `bascule plugins` lists them.",
+        )
+    return task.second()
+
+
 @hookimpl
 def bascule_register(registry: Registry) -> None:
     registry.task("arith", _arith, version="1")
@@ -90,4 +103,5 @@ def bascule_register(registry: Registry) -> None:
     registry.task("denoising", _denoising, version="1")
     registry.task("trimul", _trimul, version="1")
     registry.task("sia-dir", _sia_dir, version="1")
+    registry.verifier("task", _second, version="1")
     registry.task_family("rg", _rg, version="1")

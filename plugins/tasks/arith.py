@@ -2,10 +2,13 @@
 
 A + b and b + a are one group, each a - b is its own: 231 groups of either kind. Dev and sealed take 75 groups of each
 kind with one item per group, so that their items are independent; train has all items of the rest.
+
+The regression set, where one is asked for, is products of operands 1 to 9: other sums, asked in the same form.
 """
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,11 +18,17 @@ import msgspec
 from bascule.plugins.task import Baseline, Example, PublicFace, Tool
 from bascule.plugins.tasks.harness_files import reference_files
 from bascule.plugins.tasks.splits import best_constant, constant_baseline, seeded_order, split_seed
+from bascule.schemas.errors import ConfigError
 from bascule.schemas.events import Split
 from bascule.schemas.trajectory import Scored, Verdict
 
 LARGEST = 20
 GROUPS_PER_KIND = 75
+#: The largest operand of the regression set's products.
+LARGEST_FACTOR = 9
+NAMES = {"+": "add", "-": "sub", "*": "mul"}
+WORDS = {"+": "plus", "-": "minus", "*": "times"}
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 _INTEGER = re.compile(r"-?[0-9]+")
 
 
@@ -32,12 +41,12 @@ class Sum(msgspec.Struct, frozen=True):
 
     @property
     def id(self) -> str:
-        return f"{'add' if self.sign == '+' else 'sub'}-{self.left}-{self.right}"
+        return f"{NAMES[self.sign]}-{self.left}-{self.right}"
 
     @property
     def group(self) -> str:
         low, high = sorted((self.left, self.right))
-        return f"add-{low}-{high}" if self.sign == "+" else self.id
+        return f"{NAMES[self.sign]}-{low}-{high}" if self.sign in "+*" else self.id
 
     @property
     def question(self) -> str:
@@ -45,7 +54,7 @@ class Sum(msgspec.Struct, frozen=True):
 
     @property
     def truth(self) -> str:
-        return str(self.left + self.right if self.sign == "+" else self.left - self.right)
+        return str(OPERATIONS[self.sign](self.left, self.right))
 
 
 def splits(seed: int) -> dict[Split, list[Sum]]:
@@ -68,11 +77,19 @@ def splits(seed: int) -> dict[Split, list[Sum]]:
     return {split: seeded_order(chosen, lambda i: i.id, f"arith order {seed}") for split, chosen in found.items()}
 
 
+def products(count: int, seed: int) -> list[Sum]:
+    """The first ``count`` products of the regression set."""
+    factors = range(1, LARGEST_FACTOR + 1)
+    every = [Sum(a, "*", b) for a in factors for b in factors]
+    return seeded_order(every, lambda i: i.id, f"arith regression {seed}")[:count]
+
+
 class ArithPrivate:
     """Derives the truths; opened in the scoring process only."""
 
-    def __init__(self, seed: int) -> None:
-        self._truths = {(split, item.id): item.truth for split, items in splits(seed).items() for item in items}
+    def __init__(self, seed: int, regression: int = 0) -> None:
+        items = {**splits(seed), "regression": products(regression, seed)}
+        self._truths = {(split, item.id): item.truth for split, found in items.items() for item in found}
 
     def score(self, split: Split, example: str, answer: str | None) -> Verdict:
         """1 if the stripped answer is exactly the integer's decimal form.
@@ -87,13 +104,22 @@ class ArithPrivate:
 
 
 class Arith:
-    """The task ``arith``. Parameter: ``split_seed`` (0)."""
+    """The task ``arith``. Parameters: ``split_seed`` (0); ``regression`` (0): how many products to watch."""
 
     name = "arith"
     summary = "a + b and a - b with operands 0 to 20; answer with the integer"
 
     def __init__(self, params: dict[str, Any]) -> None:
-        self.seed = split_seed(self.name, params)
+        self.seed = split_seed(self.name, params, ("regression",))
+        most = LARGEST_FACTOR**2
+        self.regression = params.get("regression", 0)
+        if isinstance(self.regression, bool) or not isinstance(self.regression, int):
+            self.regression = -1
+        if not 0 <= self.regression <= most:
+            raise ConfigError(
+                f"regression of the task arith is {params['regression']!r}.",
+                next_step=f"Give a number of products from 0 to {most}.",
+            )
 
     def public(self) -> PublicFace:
         found = splits(self.seed)
@@ -115,10 +141,25 @@ class Arith:
             max_answer_tokens=4,
             source="made by this task's code",
             licence="MIT",
+            regression=tuple(
+                Example(id=i.id, group=i.group, input={"question": i.question})
+                for i in products(self.regression, self.seed)
+            ),
         )
 
     def private(self) -> ArithPrivate:
-        return ArithPrivate(self.seed)
+        return ArithPrivate(self.seed, self.regression)
+
+    def perturbed(self, example: Example, seed: int) -> Example:
+        """``3 + 4 =`` as ``3+4=``, ``What is 3 + 4?``, ``3 plus 4 =`` or ``3 + 4 = ?``, by the seed."""
+        left, sign, right = example.input["question"].split()[:3]
+        forms = (
+            f"{left}{sign}{right}=",
+            f"What is {left} {sign} {right}?",
+            f"{left} {WORDS[sign]} {right} =",
+            f"{left} {sign} {right} = ?",
+        )
+        return msgspec.structs.replace(example, input={"question": forms[seed % len(forms)]})
 
     def harness(self) -> dict[str, str]:
         return reference_files(

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from bascule.schemas.errors import HarnessError
-from bascule.schemas.harness import HarnessManifest
+from bascule.schemas.harness import HarnessManifest, parse_manifest
 
 #: Fields that every manifest shows.
 ALWAYS = ("name", "timeout_seconds", "max_model_calls", "max_tool_calls", "max_output_bytes", "tools", "params")
 REFERENCE = Path(__file__).with_name("reference_harness.py")
+WIDENED = Path(__file__).with_name("widened_harness.py")
+#: What ``harness.py`` is called once that of :data:`WIDENED` stands in front of it.
+ANSWERING = "answering.py"
 _LINE_END = re.compile("\r\n|\r|\n")
 
 
@@ -34,6 +38,23 @@ def reference_files(*, name: str, system_prompt: str, params: dict[str, Any]) ->
         "manifest.json": manifest_text(HarnessManifest(name=name, params=params)),
         "system_prompt.md": system_prompt.strip() + "\n",
     }
+
+
+def can_widen(files: Mapping[str, str]) -> bool:
+    """Whether the parameters of ``widened_harness.py`` can be had: they are there, or it can be put in front."""
+    if files["harness.py"] == WIDENED.read_text(encoding="utf-8"):
+        return True
+    manifest = parse_manifest(files["manifest.json"])
+    own = {"nearest", "after"} & set(manifest.params)  # which mean another thing there
+    return ANSWERING not in files and manifest.isolation == "episode" and not own
+
+
+def widened(files: Mapping[str, str]) -> dict[str, str]:
+    """The files with ``widened_harness.py`` in front of ``harness.py``, once."""
+    code = WIDENED.read_text(encoding="utf-8")
+    if files["harness.py"] == code:
+        return dict(files)
+    return {**files, ANSWERING: files["harness.py"], "harness.py": code}
 
 
 def literal(text: str, name: str) -> Any:

@@ -12,7 +12,10 @@ The file defines
 
 and, if wanted, ``verify_episode(item, answer, calls)`` for step rewards, ``tools(item)``, ``HARNESS`` (or the folder
 ``harness/``), ``PROMPT``, ``PARAMS`` of the general harness, ``ALLOWS``, ``BASELINES``, ``DEFAULTS``, ``NAME``,
-``LICENCE``, ``SOURCE`` and ``MAX_ANSWER_TOKENS``.
+``LICENCE``, ``SOURCE`` and ``MAX_ANSWER_TOKENS``. ``REGRESSION``, a list of further items (in a folder also
+``regression.jsonl``), is what a candidate must not become worse at. ``verify_second(item, answer)`` is a second
+opinion, written independently of ``verify``: no lever works towards it, and where the two drift apart nothing is
+promoted (``--set second=task``).
 
 A reward is a number between -1e9 and 1e9, best between 0 and 1: what has no answer gets 0. A NumPy scalar, or an array
 of one element, is what it holds. Loading the file, each ``items(split)`` and each baseline has 120 seconds, ``verify``
@@ -36,7 +39,7 @@ import msgspec
 
 from bascule.plugins.task import Baseline, Example, PrivateFace, PublicFace, Tool
 from bascule.plugins.tasks.harness_files import reference_files
-from bascule.plugins.tasks.own_file import SPLITS, Source, called, code_file, digest, read, wrong
+from bascule.plugins.tasks.own_file import Source, called, code_file, digest, read, wrong
 from bascule.plugins.tasks.splits import best_constant, constant_baseline, rule_baseline
 from bascule.schemas.errors import ConfigError
 from bascule.schemas.events import Split
@@ -52,6 +55,7 @@ from bascule.schemas.trajectory import (
 )
 
 NAME = "own"
+SECOND = "verify_second"
 #: The least that a true answer of train must be able to have, in tokens.
 _TOKENS = 16
 
@@ -172,13 +176,14 @@ def _a(given: Any) -> str:
 
 
 class OwnPrivate:
-    """Scores with the file's ``verify``; opened in the scoring process only."""
+    """Scores with the file's ``verify``, or another function of its kind; opened in the scoring process only."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, function: str = "verify") -> None:
         self._file = code_file(source.path)
-        self._verify: Callable[..., Any] = source.module.verify
+        self._function = function
+        self._verify: Callable[..., Any] = getattr(source.module, function)
         self._levels = tuple(getattr(source.module, "LEVELS", ()))
-        self._items = {(split, item.id): item for split in SPLITS for item in source.items[split]}
+        self._items = {(split, item.id): item for split, found in source.items.items() for item in found}
 
     def item(self, split: Split, example: str) -> dict[str, Any]:
         """A fresh copy, since a verifier may change what it is given."""
@@ -192,7 +197,7 @@ class OwnPrivate:
             KeyError: the split has no such item.
         """
         item = self.item(split, example)
-        return verdict(None) if answer is None else self._judged("verify", lambda: self._verify(item, answer))
+        return verdict(None) if answer is None else self._judged(self._function, lambda: self._verify(item, answer))
 
     def _judged(self, name: str, work: Callable[[], Any]) -> Verdict:
         """What a function of the file makes of an answer; Unscored where it fails, with the file's line and no text."""
@@ -290,11 +295,28 @@ class Own:
             source=self._setting("SOURCE", "the user's own", str),
             licence=self._setting("LICENCE", "the user's own", str),
             allows=source.allows,
+            regression=tuple(i.example() for i in source.items["regression"]),
         )
+
+    @property
+    def ordinal(self) -> bool:
+        """Whether its verdicts are ranks: it names ``LEVELS``."""
+        return hasattr(self._source().module, "LEVELS")
 
     def private(self) -> PrivateFace:
         source = self._source()
         return OwnEpisodesPrivate(source) if hasattr(source.module, "verify_episode") else OwnPrivate(source)
+
+    def second(self) -> PrivateFace:
+        """The file's ``verify_second``.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        source = self._source()
+        if not callable(getattr(source.module, SECOND, None)):
+            raise wrong(code_file(source.path), f"defines no function {SECOND}(item, answer)")
+        return OwnPrivate(source, SECOND)
 
     def harness(self) -> dict[str, str]:
         """The file's own, or the general one with its ``PROMPT`` and ``PARAMS``."""

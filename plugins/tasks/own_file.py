@@ -62,7 +62,7 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         sha256: of all its files' names and contents.
         module: the namespace of its code.
-        items: by split.
+        items: by split; ``regression`` is empty where there is none.
         harness: files of the first harness; empty if the general one is to be used.
     """
 
@@ -131,6 +131,7 @@ def _read(path: Path, sha256: str) -> Source:
     if not isinstance(description, str) or not description.strip():
         raise wrong(file, "has no DESCRIPTION, a text that says what is asked for")
     items = {split: _items(path, file, module, split) for split in SPLITS}
+    items["regression"] = _regression(path, file, module)
     _disjoint(file, items)
     return Source(
         path=path,
@@ -198,18 +199,34 @@ def _items(path: Path, file: Path, module: ModuleType, split: Split) -> tuple[It
     if callable(getattr(module, "items", None)):
         given = called(file, f"in items({split!r})", lambda: list(module.items(split)))
     elif path.is_dir() and listed.is_file():
-        given = []
-        for number, text in enumerate(listed.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                given += [msgspec.json.decode(text)] if text.strip() else []
-            except msgspec.DecodeError as e:
-                raise wrong(listed, f"is no JSON object: {e}", number) from e
+        given = _listed(listed)
     else:
         more = f", and there is no {listed}" if path.is_dir() else ""
         raise wrong(file, f"defines no function items(split){more}")
     if not given:
         raise wrong(file, f"has no items in the split {split}")
     return tuple(_item(file, split, number, one) for number, one in enumerate(given))
+
+
+def _regression(path: Path, file: Path, module: ModuleType) -> tuple[Item, ...]:
+    """The items of ``REGRESSION`` or of the folder's ``regression.jsonl``; none where there is neither."""
+    listed = path / "regression.jsonl"
+    given = getattr(module, "REGRESSION", None)
+    if given is None:
+        given = _listed(listed) if path.is_dir() and listed.is_file() else []
+    if not isinstance(given, list | tuple):
+        raise wrong(file, f"has a REGRESSION that is {type(given).__name__}, not a list of items")
+    return tuple(_item(file, "regression", number, one) for number, one in enumerate(given))
+
+
+def _listed(listed: Path) -> list[Any]:
+    given = []
+    for number, text in enumerate(listed.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            given += [msgspec.json.decode(text)] if text.strip() else []
+        except msgspec.DecodeError as e:
+            raise wrong(listed, f"is no JSON object: {e}", number) from e
+    return given
 
 
 def _item(file: Path, split: Split, number: int, given: Any) -> Item:

@@ -122,6 +122,7 @@ class ReasoningGym:
         self.summary = f"the data set {name} of reasoning-gym"
         if name in REFUSED:
             raise ConfigError(f"{self.name} is no task: {REFUSED[name]}.", next_step="Choose another data set.")
+        self._sized = "dev" in params
         try:
             self.params = msgspec.convert(params, Params)
         except msgspec.ValidationError as e:
@@ -173,4 +174,10 @@ class ReasoningGym:
         return (constant_baseline("best-constant", public, best_constant(public)),)
 
     def defaults(self) -> dict[str, Any]:
-        return {"evaluation": {"train_groups": 32, "train_samples": 8}, "max_generations": 4}
+        """Items can be made without end, so each generation's dev is fresh, unless its size is set."""
+        usual: dict[str, Any] = {"evaluation": {"train_groups": 32, "train_samples": 8}, "max_generations": 4}
+        if self._sized:
+            return usual
+        fresh = Params().dev
+        usual["evaluation"]["fresh_dev"] = fresh
+        return {**usual, "task": {"params": {"dev": (usual["max_generations"] + 1) * fresh}}}

@@ -52,7 +52,9 @@ def best_constant(public: PublicFace) -> str:
 
 def rule_baseline(name: str, public: PublicFace, rule: Callable[[Example], str]) -> Baseline:
     """A baseline that answers every example of every split by ``rule``."""
-    splits = {"train": public.train, "dev": public.dev, "sealed": public.sealed}
+    splits: dict[str, tuple[Example, ...]] = {"train": public.train, "dev": public.dev, "sealed": public.sealed}
+    if public.regression:
+        splits["regression"] = public.regression
     return Baseline(name=name, answers={split: {e.id: rule(e) for e in found} for split, found in splits.items()})
 
 

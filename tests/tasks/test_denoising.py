@@ -22,6 +22,7 @@ from bascule.schemas.errors import ConfigError
 from bascule.schemas.harness import make_harness
 from bascule.schemas.run import parse_config
 from bascule.schemas.trajectory import Scored
+from bascule.verifiers.gate import gate
 from bascule.verifiers.sandbox.layered import LayeredSandbox
 
 SECRET = bytes(range(32))
@@ -83,7 +84,9 @@ def test_no_data_set_and_no_tissue_is_in_two_splits() -> None:
 def test_dev_and_sealed_have_enough_examples_for_the_gate_to_see_a_gain_in_all() -> None:
     public = Denoising({}).public()
     assert len(public.dev) == len(public.sealed) == 6
-    assert parse_config({"task": {"name": "denoising"}, **Denoising({}).defaults()}).gate.alpha > 0.5**6
+    config = parse_config({"task": {"name": "denoising"}, **Denoising({}).defaults()})
+    assert config.gate.alpha > 0.5**6
+    assert gate([0.3] * 6, [0.0] * 6, config=config.gate, seed=0)[0]
 
 
 def test_the_published_split_is_made_again_up_to_the_order_of_cells_and_genes() -> None:

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from bascule.plugins.loader import plugins
-from bascule.plugins.task import ScoresEpisodes
+from bascule.plugins.task import Ranks, ScoresEpisodes
 from bascule.plugins.tasks import own_file
 from bascule.plugins.tasks.own import Own, OwnPrivate, named, verdict
 from bascule.plugins.tasks.own_new import write_file, write_folder
 from bascule.runtime.cli.own_tasks import chosen_task, stem_of
-from bascule.runtime.world import task_digest
+from bascule.runtime.world import World, task_digest
 from bascule.schemas.errors import ConfigError
 from bascule.schemas.harness import make_harness
 from bascule.schemas.run import PluginChoice, parse_config, task_label
@@ -69,6 +69,17 @@ def test_three_names_make_a_task(tmp_path: Path) -> None:
     assert harness.files["system_prompt.md"] == "Say the word.\n"
     assert "word " not in str({k: v for k, v in harness.files.items() if k != "harness.py"})
     assert parse_config({"task": {"name": "own"}, **task.defaults()}).task.name == "own"
+
+
+def test_a_task_that_names_levels_says_that_its_rewards_are_ranks(tmp_path: Path) -> None:
+    levels = 'LEVELS = ("wrong", "close", "right")\n'
+    for name, text, ranks in (("ranks", GOOD + levels, True), ("numbers", GOOD, False)):
+        task = task_of(tmp_path / f"{name}.py", text)
+        config = parse_config({"task": {"name": "own", "params": named_params(tmp_path / f"{name}.py")}})
+        assert isinstance(task, Ranks)
+        assert task.ordinal is ranks
+        assert World(plugins(), config).ordinal is ranks
+    assert not World(plugins(), parse_config({"task": {"name": "arith"}})).ordinal
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from bascule.plugins.sandbox import Program, Programs
 from bascule.schemas.events import Split
 from bascule.schemas.trajectory import Scored, Unscored, Verdict
 from bascule.verifiers.sandbox.served import ServedPrograms
-from bascule.verifiers.scoring_process import main
+from bascule.verifiers.scoring_process import Open, main
 
 DOUBLING = b"""
 import sys
@@ -110,8 +110,8 @@ class Doubling:
         return Scored(reward=1.0)
 
 
-def opened(task: str, params: dict[str, Any]) -> Doubling:
-    return Doubling(params["folder"], usable=task != "unusable")
+def opened(opening: Open) -> tuple[Doubling]:
+    return (Doubling(opening.params["folder"], usable=opening.task != "unusable"),)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 from bascule.schemas.errors import ConfigError
 from bascule.schemas.events import Split
 from bascule.schemas.trajectory import Scored, Unscored, Verdict
-from bascule.verifiers.scoring_process import main
+from bascule.verifiers.scoring_process import Open, main
 
 TRUTH = "the-truth-is-42"
 
@@ -54,15 +53,15 @@ class Rogue:
         return Scored(reward=float(answer == example), passed=answer == example)
 
 
-def rogue(task: str, params: dict[str, Any]) -> Rogue:
-    match task:
+def rogue(opening: Open) -> tuple[Rogue]:
+    match opening.task:
         case "absent":
             raise ConfigError("There is no such data.", next_step="Fetch it.")
         case "broken":
             raise RuntimeError(TRUTH)
         case "dies":
             os._exit(3)
-    return Rogue(params["folder"])
+    return (Rogue(opening.params["folder"]),)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def test_the_scoring_process_holds_them_in_memory_and_environment() -> None:
     script = """
 import json, os
 from bascule.verifiers import scoring_process
-scoring_process.open_private("arith", {})
+scoring_process.open_private(scoring_process.Open(task="arith", params={}))
 (planted,) = scoring_process._planted
 print(json.dumps([[v for v in os.environ.values() if v.startswith("bcanary-")], list(planted.tokens)]))
 """
