@@ -1,0 +1,34 @@
+"""What a call to a model waits for: a line in the service's log and on standard error at each refusal and retry."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from bascule.plugins.models.attempts import LOGGER
+from bascule.runtime.redaction import redact_message
+
+
+class _Told(logging.Handler):
+    def __init__(self, logger: Any) -> None:
+        super().__init__(logging.WARNING)
+        self._logger = logger
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = redact_message(record.getMessage())
+        self._logger.warning("call.waiting", message=text)
+        sys.stderr.write(f"bascule: {text}\n")
+
+
+@contextmanager
+def told_of_waiting(logger: Any) -> Iterator[None]:
+    """While it is open, what is said of a call's attempts is told."""
+    handler, source = _Told(logger), logging.getLogger(LOGGER)
+    source.addHandler(handler)
+    try:
+        yield
+    finally:
+        source.removeHandler(handler)
