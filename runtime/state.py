@@ -13,11 +13,25 @@ from typing import Literal
 
 import msgspec
 
-from bascule.plugins.policy import CallResult, Generation
+from bascule.plugins.policy import TRIAL, CallResult, Generation
+from bascule.runtime.spending import (
+    FEEDBACK,
+    ROLLOUT,
+    TRAINER,
+    VERIFIER,
+    Spending,
+    Spent,
+    add_call,
+    add_episode,
+    add_score,
+    add_update,
+    gpus_of,
+)
 from bascule.schemas import events as ev
 from bascule.schemas.codec import canonical
 from bascule.schemas.envelope import Recorded
 from bascule.schemas.harness import Harness, make_harness
+from bascule.schemas.landscape import Measured
 from bascule.schemas.run import RunConfig
 from bascule.schemas.trajectory import Scored, Verdict
 
@@ -45,6 +59,7 @@ class Evaluation(msgspec.Struct, kw_only=True):
     shards: dict[int, ev.EpisodesRequested] = {}
     logged: dict[Key, Logged] = {}
     verdicts: dict[Key, Verdict] = {}
+    second: dict[Key, Verdict] = {}
     completed: ev.EvaluationCompleted | None = None
     completed_id: str = ""
 
@@ -67,7 +82,7 @@ class Evaluation(msgspec.Struct, kw_only=True):
 
     def forget(self) -> None:
         """Keep the request and the landscape only."""
-        self.shards, self.logged, self.verdicts = {}, {}, {}
+        self.shards, self.logged, self.verdicts, self.second = {}, {}, {}, {}
 
     def missing(self, shard: ev.EpisodesRequested) -> list[Key]:
         """What of a shard is not logged yet."""
@@ -81,11 +96,12 @@ class Evaluation(msgspec.Struct, kw_only=True):
         """Whether every trajectory has a verdict."""
         return len(self.shards) == self.request.shards and len(self.verdicts) == self.size
 
-    def rewards(self) -> dict[int, list[float | None]]:
-        """Rewards by position in sample order; None is unscored."""
+    def rewards(self, *, second: bool = False) -> dict[int, list[float | None]]:
+        """Rewards by position in sample order, or the second verifier's; None is unscored."""
         out: dict[int, list[float | None]] = {}
+        found = self.second if second else self.verdicts
         for key in sorted(self.trajectories()):
-            verdict = self.verdicts.get(key)
+            verdict = found.get(key)
             out.setdefault(key[0], []).append(verdict.reward if isinstance(verdict, Scored) else None)
         return out
 
@@ -96,10 +112,12 @@ class Training(msgspec.Struct, kw_only=True):
     Attributes:
         head: sequence of the job's newest event, which fences its appends.
         iterations: updates done; ``last`` is the newest checkpoint.
+        gpus: that its newest attempt computes on; None if that is not recorded.
     """
 
     request: ev.TrainRequested
     request_id: str
+    gpus: int | None = None
     attempts: int = 0
     head: int = 0
     iterations: int = 0
@@ -112,11 +130,12 @@ class Training(msgspec.Struct, kw_only=True):
         return self.published is None and self.failed is None
 
 
-class Adapter(msgspec.Struct, frozen=True):
-    """An adapter's files, and the hash over them."""
+class Adapter(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An adapter's files, the hash over them, and what the trainer says of a text under it, if that was recorded."""
 
     files: dict[str, ev.BlobRef]
     sha256: str
+    probe: ev.AdapterProbe | None = None
 
 
 class Step(msgspec.Struct, kw_only=True):
@@ -139,6 +158,9 @@ class RunState(msgspec.Struct, kw_only=True):
         calls: results of the calls of policies and authors whose decision is still open, by session.
         forks: how often the run, or what it repeats, was forked.
         runtimes: how often other code was accepted.
+        spending: what was spent, by generation, by what it was for, and by service.
+        best: generation of the promoted candidate that is the parent of what comes next.
+        rollbacks: how often promotions were taken back; ``rollback`` is where the next one that is due goes to.
     """
 
     run: str
@@ -152,8 +174,12 @@ class RunState(msgspec.Struct, kw_only=True):
     served: set[str] = set()
     calls: dict[str, list[CallResult]] = {}
     ablations: dict[str, ev.AblationRequested] = {}
+    spending: Spending = {}
     forks: int = 0
     runtimes: int = 0
+    best: int | None = None
+    rollbacks: int = 0
+    rollback: int | None = None
     pauses: int = 0
     paused: str | None = None
     end: ev.RunCompleted | ev.RunFailed | ev.RunCancelled | None = None
@@ -180,12 +206,6 @@ class RunState(msgspec.Struct, kw_only=True):
         if self.end is not None:
             return self.end.TYPE.rpartition(".")[2]
         return "paused" if self.paused is not None else "open"
-
-    @property
-    def best(self) -> int | None:
-        """Generation of the promoted candidate."""
-        promoted = [n for n, s in self.steps.items() if isinstance(s.gate, ev.CandidatePromoted)]
-        return max(promoted, default=None)
 
     def step(self, generation: int) -> Step:
         return self.steps.setdefault(generation, Step(number=generation))
@@ -271,6 +291,7 @@ class RunState(msgspec.Struct, kw_only=True):
                         "shards": {str(k): v for k, v in e.shards.items()},
                         "logged": [[*k, e.logged[k]] for k in sorted(e.logged)],
                         "verdicts": [[*k, e.verdicts[k]] for k in sorted(e.verdicts)],
+                        "second": [[*k, e.second[k]] for k in sorted(e.second)],
                         "completed": e.completed,
                     }
                     for name, e in self.evaluations.items()
@@ -280,6 +301,12 @@ class RunState(msgspec.Struct, kw_only=True):
                 "calls": self.calls,
                 "forks": self.forks,
                 "runtimes": self.runtimes,
+                "spending": [[*key, spent] for key, spent in self.spending.items()],
+                **(
+                    {"best": self.best, "rollbacks": self.rollbacks, "rollback": self.rollback}
+                    if self.rollbacks
+                    else {}
+                ),
                 "pauses": self.pauses,
                 "ablations": self.ablations,
                 "paused": self.paused,
@@ -308,6 +335,7 @@ class RunState(msgspec.Struct, kw_only=True):
                 self.step(data.generation).harness = data
             case ev.AuthorFailed():
                 self.step(data.generation).author_failed = data
+                self._roll_back()
             case ev.CandidateProposed():
                 self.step(data.generation).candidate = data
             case ev.CandidatePromoted() | ev.CandidateRejected():
@@ -318,6 +346,7 @@ class RunState(msgspec.Struct, kw_only=True):
                 self.calls = {session: calls for session, calls in self.calls.items() if session.startswith(own)}
             case ev.ModelCalled() | ev.ToolCalled():
                 self.calls.setdefault(data.session, []).append(data)
+                add_call(self._spent(event.envelope.step, FEEDBACK), data, TRIAL)
             case ev.TrainRequested():
                 self.step(data.generation).training = Training(
                     request=data, request_id=event.envelope.id, head=event.seq
@@ -332,6 +361,8 @@ class RunState(msgspec.Struct, kw_only=True):
                 self.pauses, self.paused = self.pauses + 1, data.reason
             case ev.RunResumed():
                 self.paused = None
+            case ev.RunRolledBack():
+                self.rollbacks, self.rollback = self.rollbacks + 1, data.generation
             case ev.RunForked() if self.started is not None:
                 self.forks += 1
                 self.started = msgspec.structs.replace(self.started, config=data.config, plugins=data.plugins)
@@ -360,7 +391,11 @@ class RunState(msgspec.Struct, kw_only=True):
             evaluation.completed, evaluation.completed_id = data, event.envelope.id
         elif isinstance(data, ev.TrajectoryScored):
             evaluation.verdicts[data.position, data.sample] = data.verdict
+            if data.second is not None:
+                evaluation.second[data.position, data.sample] = data.second
+            add_score(self._spent_on(evaluation.request, VERIFIER), data)
         else:
+            add_episode(self._spent_on(evaluation.request, ROLLOUT), data)
             evaluation.logged[data.position, data.sample] = Logged(
                 data.answer,
                 data.error.kind if data.error else None,
@@ -369,11 +404,43 @@ class RunState(msgspec.Struct, kw_only=True):
                 data.measured.seconds,
             )
 
+    def _spent_on(self, request: ev.EpisodesRequested, service: str) -> Spent:
+        """The account of an evaluation."""
+        match request.purpose:
+            case "report":
+                return self._spent(max(self.steps, default=0), service)
+            case "ablation":
+                return self.spending.setdefault((request.generation, "ablation", service), Spent())
+            case _:
+                return self._spent(request.generation, service)
+
+    def _spent_on_update(self, training: Training, measured: Measured | None) -> None:
+        account = self._spent(training.request.generation, TRAINER)
+        add_update(account, measured, training.gpus)
+
+    def _spent(self, generation: int, service: str) -> Spent:
+        """The account of a generation's work for its lever, or for none while that is not chosen."""
+        step = self.steps.get(generation)
+        part = step.lever.lever if step is not None and step.lever is not None else None
+        return self.spending.setdefault((generation, part, service), Spent())
+
     def _apply_gate(self, data: ev.CandidatePromoted | ev.CandidateRejected) -> None:
-        loser = self.best if isinstance(data, ev.CandidatePromoted) else data.generation
         self.step(data.generation).gate = data
-        if loser is not None:
-            self._forget(f"g{loser:02d}-dev", f"g{loser:02d}-train")
+        if isinstance(data, ev.CandidatePromoted):
+            # What it replaces is kept: a rollback may make it the parent again.
+            self.best = data.generation
+            self._forget_all(f"g{data.generation:02d}-parent")
+        else:
+            self._forget_all(f"g{data.generation:02d}-")
+        self._roll_back()
+
+    def _roll_back(self) -> None:
+        """At the end of a generation, so that nothing under way loses its parent."""
+        if self.rollback is not None:
+            self.best, self.rollback = self.rollback, None
+
+    def _forget_all(self, prefix: str) -> None:
+        self._forget(*(name for name in self.evaluations if name.startswith(prefix)))
 
     def _forget(self, *evaluations: str) -> None:
         for name in evaluations:
@@ -390,15 +457,18 @@ class RunState(msgspec.Struct, kw_only=True):
             return
         training.head = event.seq
         if isinstance(data, ev.TrainStarted):
-            training.attempts = data.attempt
+            training.attempts, training.gpus = data.attempt, gpus_of(data.versions)
         elif isinstance(data, ev.AdapterCheckpointed):
+            self._spent_on_update(training, data.measured)
             # The next adapter exists because the episodes of the one before are done.
             if training.last is not None:
                 del self.adapters[training.last.adapter]
             self._forget(data.adapter)
             training.iterations, training.last = data.iteration + 1, data
-            self.adapters[data.adapter] = Adapter(data.files, data.sha256)
+            self.adapters[data.adapter] = Adapter(data.files, data.sha256, data.probe)
         elif isinstance(data, ev.AdapterPublished):
             training.published = data
         else:
+            self._spent_on_update(training, data.measured)
             training.failed = data
+            self._roll_back()

@@ -54,7 +54,14 @@ APPENDS: Final = {
     "rollout": Appends(_events("traj.*.logged", "adapter.*.served", "sandbox.*.probed")),
     # The verifier is the notary too: it checkpoints the log.
     "verifier": Appends(
-        _events("traj.*.scored", "eval.*.completed", "candidate.*.gate", "log.*.*", "sandbox.*.probed")
+        _events(
+            "traj.*.scored",
+            "eval.*.completed",
+            "episodes.*.requested",
+            "candidate.*.gate",
+            "log.*.*",
+            "sandbox.*.probed",
+        )
     ),
     "feedback": Appends(
         _events(
@@ -66,6 +73,7 @@ APPENDS: Final = {
             "call.*.outcome",
             "sandbox.*.probed",
             "run.run.end",
+            "run.*.paused",
         )
     ),
     # An attempt and an iteration are in the last token, which no pattern can look into.
@@ -80,6 +88,7 @@ APPENDS: Final = {
             "run.*.resumed",
             "run.*.forked",
             "run.*.changed",
+            "run.*.rolled_back",
             "ablation.*.requested",
             "blob.*.erased",
         )

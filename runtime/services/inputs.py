@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from bascule.plugins.policy import NO_EDIT, AuthorInput, PolicyInput, TrainEvidence
+from collections.abc import Sequence
+
+import msgspec
+
+from bascule.plugins.policy import NO_EDIT, AuthorInput, Generation, PolicyInput, TrainEvidence, TrainOutcome
+from bascule.runtime.services import budgets
 from bascule.runtime.state import RunState, Step
 from bascule.runtime.world import World, seed_of
+from bascule.schemas import subjects
 from bascule.schemas.events import CandidatePromoted
+from bascule.schemas.run import RunConfig
 from bascule.schemas.trajectory import Scored
+from bascule.verifiers.gate import withheld
 
 
 def policy_input(state: RunState, world: World, generation: int) -> PolicyInput:
@@ -14,15 +22,51 @@ def policy_input(state: RunState, world: World, generation: int) -> PolicyInput:
     best = state.best
     assert best is not None
     harness = state.harnesses[state.candidate(best).harness]
+    spent = budgets.spent_levers(state)
     return PolicyInput(
         generation=generation,
         max_generations=world.config.max_generations,
-        levers=world.config.levers,
-        history=state.history(),
+        levers=tuple(lever for lever in world.config.levers if lever not in spent),
+        history=shown(state.history(), world.config),
         best=best,
         algorithms=world.algorithms,
         edits_left=world.author.edits_left(harness, tried(state, best)),
+        outcomes=_outcomes(state, f"g{best:02d}-train"),
+        budget_left=budgets.left(state),
+        ordinal=world.ordinal,
     )
+
+
+def shown(history: Sequence[Generation], config: RunConfig) -> tuple[Generation, ...]:
+    """The finished generations as levers may see them: of dev what the gate's guard reports, and nothing else.
+
+    What was rejected shows how it did on dev only by being rejected; a lever that was told more could adapt to dev,
+    which is asked again in each generation. Where nothing is guarded, or each generation's dev is fresh, all is shown.
+    """
+    open_ = config.gate.version == 1 or config.gate.guard == "none" or config.evaluation.fresh_dev
+    return tuple(history) if open_ else tuple(_shown(g) for g in history)
+
+
+def _shown(generation: Generation) -> Generation:
+    if generation.outcome != "rejected" or generation.gate is None:
+        return generation
+    return msgspec.structs.replace(generation, gate=withheld(generation.gate), dev=None, dev_event=None)
+
+
+def _outcomes(state: RunState, evaluation: str) -> tuple[TrainOutcome, ...]:
+    """What came of each episode of an evaluation."""
+    found = state.evaluations[evaluation]
+    outcomes = []
+    for key in found.trajectories():
+        verdict = found.verdicts[key]
+        outcomes.append(
+            TrainOutcome(
+                trajectory=subjects.trajectory_id(evaluation, *key),
+                error=found.logged[key].error,
+                reward=verdict.reward if isinstance(verdict, Scored) else None,
+            )
+        )
+    return tuple(outcomes)
 
 
 def author_input(state: RunState, world: World, generation: int) -> AuthorInput:
@@ -43,6 +87,7 @@ def author_input(state: RunState, world: World, generation: int) -> AuthorInput:
                 answer=logged.answer,
                 error=logged.error,
                 reward=verdict.reward if isinstance(verdict, Scored) else None,
+                trajectory=subjects.trajectory_id(f"g{best:02d}-train", *key),
             )
         )
     return AuthorInput(
@@ -51,7 +96,7 @@ def author_input(state: RunState, world: World, generation: int) -> AuthorInput:
         description=public.description,
         max_answer_tokens=public.max_answer_tokens,
         harness=state.harnesses[candidate.harness],
-        history=state.history(),
+        history=shown(state.history(), world.config),
         tried=tried(state, best),
         train=public.train,
         answers=public.answers,

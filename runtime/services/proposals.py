@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from msgspec import UNSET
+
 from bascule.runtime.state import RunState
 from bascule.runtime.world import World, seed_of, seeded
 from bascule.schemas import subjects
@@ -29,6 +31,7 @@ def episodes(
     adapter: str | None,
     cause: str,
     engine: PluginChoice | None = None,
+    perturbed: bool = False,
 ) -> list[Draft]:
     """Fan an evaluation out into shards."""
     size = world.config.shard_size
@@ -54,6 +57,7 @@ def episodes(
                 harness=harness,
                 adapter=adapter,
                 engine=engine,
+                perturbed=perturbed or UNSET,
             ),
         )
         for i, shard in enumerate(shards)
@@ -78,30 +82,26 @@ def candidate(
     train = list(world.positions("train"))
     # The same train examples for every candidate, so that landscapes can be compared.
     sample = sorted(seeded(world.config.seed, "landscape").sample(train, min(e.train_groups, len(train))))
-    proposed = Draft(
-        subject=subjects.candidate_proposed(state.run, generation),
-        step=generation,
-        cause=cause,
-        data=CandidateProposed(
-            generation=generation, harness=harness, adapter=adapter, parent=parent, lever=lever, algorithm=algorithm
-        ),
+    data = CandidateProposed(
+        generation=generation, harness=harness, adapter=adapter, parent=parent, lever=lever, algorithm=algorithm
     )
-    return [
-        proposed,
-        *episodes(
+    dev = dev_positions(world, generation)
+    remeasured = []
+    if parent is not None and e.fresh_dev:
+        # On examples that are new to both.
+        remeasured = evaluated(
             state,
             world,
-            evaluation=f"{name}-dev",
-            purpose="gate",
+            state.candidate(parent),
+            evaluation=f"{name}-parent",
             generation=generation,
-            split="dev",
-            positions=world.positions("dev"),
-            samples=1,
-            temperature=0.0,
-            harness=harness,
-            adapter=adapter,
+            positions=dev,
             cause=cause,
-        ),
+        )
+    return [
+        Draft(subject=subjects.candidate_proposed(state.run, generation), step=generation, cause=cause, data=data),
+        *evaluated(state, world, data, evaluation=f"{name}-dev", generation=generation, positions=dev, cause=cause),
+        *remeasured,
         *episodes(
             state,
             world,
@@ -119,20 +119,61 @@ def candidate(
     ]
 
 
-def sealed(state: RunState, world: World, generation: int, cause: str) -> list[Draft]:
-    """Ask for the one look at the sealed split that a candidate gets after the stop."""
-    c = state.candidate(generation)
+def dev_positions(world: World, generation: int) -> range:
+    """The examples of dev for a generation's gate: all, or fresh ones; once all were used, the oldest come again."""
+    fresh = world.config.evaluation.fresh_dev
+    whole = world.positions("dev")
+    if not fresh:
+        return whole
+    turn = generation % (len(whole) // fresh)
+    return whole[turn * fresh : (turn + 1) * fresh]
+
+
+def evaluated(
+    state: RunState,
+    world: World,
+    of: CandidateProposed,
+    *,
+    evaluation: str,
+    generation: int,
+    positions: Sequence[int],
+    cause: str,
+    purpose: Purpose = "gate",
+    split: Split = "dev",
+    perturbed: bool = False,
+) -> list[Draft]:
+    """Ask for one greedy episode of a candidate on each of the examples.
+
+    Args:
+        generation: for which this is measured, which need not be the candidate's own.
+    """
     return episodes(
         state,
         world,
-        evaluation=f"g{generation:02d}-sealed",
-        purpose="report",
+        evaluation=evaluation,
+        purpose=purpose,
         generation=generation,
-        split="sealed",
-        positions=world.positions("sealed"),
+        split=split,
+        positions=positions,
         samples=1,
         temperature=0.0,
-        harness=c.harness,
-        adapter=c.adapter,
+        harness=of.harness,
+        adapter=of.adapter,
         cause=cause,
+        perturbed=perturbed,
+    )
+
+
+def sealed(state: RunState, world: World, generation: int, cause: str) -> list[Draft]:
+    """Ask for the one look at the sealed split that a candidate gets after the stop."""
+    return evaluated(
+        state,
+        world,
+        state.candidate(generation),
+        evaluation=f"g{generation:02d}-sealed",
+        generation=generation,
+        positions=world.positions("sealed"),
+        cause=cause,
+        purpose="report",
+        split="sealed",
     )

@@ -9,24 +9,23 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
+from bascule.runtime.metering import Meter
+from bascule.runtime.services.gating import judge
 from bascule.runtime.services.probing import probed
 from bascule.runtime.state import Evaluation, RunState
 from bascule.runtime.work import work_off
-from bascule.runtime.world import World, seed_of
+from bascule.runtime.world import World
 from bascule.schemas import subjects
 from bascule.schemas.envelope import Draft, Recorded
 from bascule.schemas.events import (
-    CandidatePromoted,
-    CandidateRejected,
     EvaluationCompleted,
     Split,
     TrajectoryLogged,
     TrajectoryScored,
 )
-from bascule.schemas.landscape import Measured, RewardLandscape
+from bascule.schemas.landscape import MeasuredEvaluation, RewardLandscape, WorkMeasured
 from bascule.schemas.trajectory import Scored, Trajectory, Verdict
-from bascule.verifiers.gate import gate, gate_version
-from bascule.verifiers.landscape import SampleFigures, landscape
+from bascule.verifiers.landscape import SampleFigures, landscape, spread
 from bascule.verifiers.scoring import Scorer
 from bascule.verifiers.scoring_process import fitting
 
@@ -40,7 +39,7 @@ def decide(state: RunState, event: Recorded, world: World) -> list[Draft]:
     """An evaluation's last score completes it; a generation's last evaluation brings it before the gate."""
     data, cause = event.data, event.envelope.id
     if isinstance(data, EvaluationCompleted) and data.purpose in ("gate", "landscape"):
-        return _gate(state, world, data.generation, cause)
+        return judge(state, world, data.generation, cause)
     if not isinstance(data, TrajectoryScored):
         return []
     evaluation = state.evaluations.get(data.evaluation)
@@ -52,15 +51,20 @@ def decide(state: RunState, event: Recorded, world: World) -> list[Draft]:
         purpose=request.purpose,
         generation=request.generation,
         split=request.split,
-        landscape=landscape_of(evaluation),
-        measured=Measured(seconds=sum(logged.seconds for logged in evaluation.logged.values())),
+        landscape=landscape_of(state, evaluation, world.config.landscape),
+        measured=_measured(evaluation, world.config.landscape),
     )
     subject = subjects.evaluation_completed(state.run, request.evaluation)
     return [Draft(subject=subject, step=request.generation, cause=cause, data=completed)]
 
 
-def landscape_of(evaluation: Evaluation) -> RewardLandscape:
-    """The reward landscape of a finished evaluation."""
+def _measured(evaluation: Evaluation, version: int) -> MeasuredEvaluation:
+    seconds = [logged.seconds for logged in evaluation.logged.values()]
+    return MeasuredEvaluation(seconds=sum(seconds), rollout=spread(seconds) if version > 1 else None)
+
+
+def landscape_of(state: RunState, evaluation: Evaluation, version: int) -> RewardLandscape:
+    """The reward landscape of a finished evaluation, with what the training of its adapter came to."""
     groups: dict[int, list[SampleFigures]] = {}
     for position, sample in sorted(evaluation.trajectories()):
         logged = evaluation.logged[position, sample]
@@ -72,34 +76,40 @@ def landscape_of(evaluation: Evaluation) -> RewardLandscape:
                 output_tokens=logged.output_tokens,
             )
         )
-    return landscape(list(groups.values()))
+    found = landscape(list(groups.values()), version=version)
+    if version == 1:
+        return found
+    ess, kl_to_base = _trained(state, evaluation.request.adapter)
+    drop = _drop(state, evaluation, found.score)
+    return msgspec.structs.replace(found, ess=ess, kl_to_base=kl_to_base, regression_drop=drop)
 
 
-def _gate(state: RunState, world: World, generation: int, cause: str) -> list[Draft]:
-    """The gate's verdict, once both evaluations of the generation are completed, whichever came last."""
-    found = [state.evaluations.get(f"g{generation:02d}-{split}") for split in ("dev", "train")]
-    if any(e is None or e.completed is None for e in found):
-        return []
-    parent = state.best
-    scores = {g: state.evaluations[f"g{g:02d}-dev"].rewards() for g in {generation, parent} if g is not None}
-    candidate = [r[0] for r in scores[generation].values()]
-    before = None if parent is None else [r[0] for r in scores[parent].values()]
-    seed = seed_of(world.config.seed, "gate", generation)
-    promote, figures = gate(candidate, before, config=world.config.gate, seed=seed)
-    version = gate_version(candidate, before)
-    data: CandidatePromoted | CandidateRejected
-    if promote:
-        data = CandidatePromoted(generation=generation, over=parent, figures=figures, gate_version=version)
-    else:
-        assert parent is not None
-        data = CandidateRejected(generation=generation, over=parent, figures=figures, gate_version=version)
-    return [Draft(subject=subjects.candidate_gate(state.run, generation), step=generation, cause=cause, data=data)]
+def _drop(state: RunState, evaluation: Evaluation, score: float) -> float | None:
+    """By how much an evaluation over the regression set is below that of the parent; None for any other."""
+    if evaluation.request.split != "regression":
+        return None
+    parent = state.candidate(evaluation.request.generation).parent
+    before = None if parent is None else state.evaluations.get(f"g{parent:02d}-regression")
+    return None if before is None or before.completed is None else before.completed.landscape.score - score
+
+
+def _trained(state: RunState, adapter: str | None) -> tuple[float | None, float | None]:
+    """Of the last update of the job that made an adapter: ESS, and KL to the base; None for what it did not measure."""
+    jobs = (step.training for step in state.steps.values() if step.training is not None)
+    job = next((job for job in jobs if job.last is not None and job.last.adapter == adapter), None)
+    if job is None or job.last is None:
+        return None, None
+    # An update that compared with nothing records a divergence of 0.
+    kl = job.last.metrics.get("kl_reference") or None
+    return job.last.metrics.get("ess"), kl if job.request.params.get("kl_reference") == "base" else None
 
 
 class Scoring(Protocol):
     """What gives a verdict on an answer."""
 
-    async def score(self, split: Split, example: str, answer: str | None) -> Verdict: ...
+    async def opinions(
+        self, split: Split, example: str, answer: str | None, episode: Trajectory | None = None, *, second: bool = True
+    ) -> tuple[Verdict, Verdict | None]: ...
 
 
 class Verifier:
@@ -118,33 +128,49 @@ class Verifier:
     async def run(self, view: View) -> None:
         await view.ready()
         config = view.world.config
-        scoring = self._scoring if self._scoring is not None else partial(Scorer, sandbox=config.sandbox)
+        scoring = (
+            self._scoring
+            if self._scoring is not None
+            else partial(Scorer, sandbox=config.sandbox, second=config.second)
+        )
         async with scoring(config.task.name, config.task.params) as scorer:
             if isinstance(scorer, Scorer) and scorer.report is not None:
                 await probed(view, NAME, scorer.report)
             await work_off(
-                view, NAME, f"bascule.{view.run}.traj.*.logged", partial(self._score, view, scorer), slots=256, batch=64
+                view,
+                NAME,
+                f"bascule.{view.run}.traj.*.logged",
+                partial(self._score, view, scorer, Meter(view.clock)),
+                slots=256,
+                batch=64,
             )
 
-    async def _score(self, view: View, scorer: Scoring, event: Recorded) -> None:
+    async def _score(self, view: View, scorer: Scoring, meter: Meter, event: Recorded) -> None:
         logged = event.data
         assert isinstance(logged, TrajectoryLogged)
         evaluation = view.state.evaluations[logged.evaluation]
         if evaluation.completed is not None or (logged.position, logged.sample) in evaluation.verdicts:
             return
         split = evaluation.request.split
-        if isinstance(scorer, Scorer) and scorer.episodes:
-            verdict = await scorer.score(split, logged.example, logged.answer, await _episode(view, logged))
-        else:
-            verdict = await scorer.score(split, logged.example, logged.answer)
-            if isinstance(verdict, Scored) and verdict.steps:
-                verdict = fitting(verdict, await _episode(view, logged))
+        # What levers see of train is the first verifier's alone.
+        second = view.world.config.second is not None and split != "train"
+        started = view.clock()
+        with meter.share() as share:
+            if isinstance(scorer, Scorer) and scorer.episodes:
+                episode = await _episode(view, logged)
+                verdict, opinion = await scorer.opinions(split, logged.example, logged.answer, episode, second=second)
+            else:
+                verdict, opinion = await scorer.opinions(split, logged.example, logged.answer, second=second)
+                if isinstance(verdict, Scored) and verdict.steps:
+                    verdict = fitting(verdict, await _episode(view, logged))
         data = TrajectoryScored(
             trajectory=logged.trajectory,
             evaluation=logged.evaluation,
             position=logged.position,
             sample=logged.sample,
             verdict=verdict,
+            second=opinion,
+            measured=WorkMeasured(seconds=view.clock() - started, share=share.seconds),
         )
         subject = subjects.trajectory_scored(view.run, logged.trajectory)
         draft = Draft(subject=subject, step=event.envelope.step, data=data, cause=event.envelope.id)

@@ -22,11 +22,12 @@ from bascule.runtime.episodes.batch import Batch, batch_of
 from bascule.runtime.episodes.broker import EpisodeSpec
 from bascule.runtime.services.inference import EngineOnDemand, served_name
 from bascule.runtime.services.probing import probed
-from bascule.runtime.services.rollout import Episodes, harness_processes
+from bascule.runtime.services.rollout import Episodes, harness_processes, tokens_of
 from bascule.runtime.services.verifier import Scoring
 from bascule.runtime.world import World, seed_of
 from bascule.schemas import subjects
 from bascule.schemas.errors import EngineError, HarnessError
+from bascule.schemas.events import TrialCost
 from bascule.schemas.harness import Harness, make_harness
 from bascule.schemas.trajectory import Sampling, Scored, Trajectory, Unscored, Verdict
 from bascule.verifiers.scoring import Scorer
@@ -84,10 +85,11 @@ class Workbench:
         fault = _fault(request, len(self._view.world.public.train))
         if fault is not None:
             return Performed(answer={"error": fault})
-        result = await self.trial(request, name)
-        return Performed(answer={"result": msgspec.json.encode(result).decode()})
+        result, done = await self.trial(request, name)
+        answer = {"result": msgspec.json.encode(result).decode()}
+        return Performed(answer=answer, trial=_cost(done), device=self._engine.device)
 
-    async def trial(self, request: TrialRequest, name: str) -> TrialResult:
+    async def trial(self, request: TrialRequest, name: str) -> tuple[TrialResult, list[Trajectory]]:
         """Run and score every episode of a trial.
 
         Raises:
@@ -101,10 +103,10 @@ class Workbench:
         try:
             harness = overlaid(state.harnesses[candidate.harness], world.redaction.value(request.files))
         except HarnessError as e:
-            return _none(request, str(e))
+            return _none(request, str(e)), []
         refused = refusal(harness.manifest, world.public)
         if refused is not None:
-            return _none(request, refused)
+            return _none(request, refused), []
         episodes, scoring = await self._opened()
         seed = seed_of(world.config.seed, "trial")
         batch = batch_of(harness, world.public, "train", request.positions, key=name, seed=seed)
@@ -117,7 +119,7 @@ class Workbench:
         finally:
             if batch is not None:
                 await episodes.over(batch.key)
-        return _result(request, done)
+        return _result(request, done), [trajectory for trajectory, _ in done]
 
     async def _opened(self) -> tuple[Episodes, Scoring]:
         world = self._view.world
@@ -158,9 +160,9 @@ class Workbench:
         if trajectory.error is not None and trajectory.error.kind == "engine":
             # Not the harness's failure: the service stops, and the trial is made again after a resume.
             raise EngineError(f"The engine could not answer {spec.trajectory}: {trajectory.error.message}")
-        if isinstance(scoring, Scorer) and scoring.episodes:
-            return trajectory, await scoring.score("train", example.id, trajectory.answer, trajectory)
-        return trajectory, await scoring.score("train", example.id, trajectory.answer)
+        episode = trajectory if isinstance(scoring, Scorer) and scoring.episodes else None
+        verdict, _ = await scoring.opinions("train", example.id, trajectory.answer, episode, second=False)
+        return trajectory, verdict
 
 
 def overlaid(harness: Harness, files: dict[str, str | None]) -> Harness:
@@ -197,6 +199,13 @@ def _none(request: TrialRequest, message: str) -> TrialResult:
     """The result of a harness that cannot run at all."""
     n = len(request.positions)
     return TrialResult(score=0.0, n=n, errors=n * request.samples, message=message[:_MESSAGE])
+
+
+def _cost(done: list[Trajectory]) -> TrialCost:
+    tokens = [tokens_of(trajectory) for trajectory in done]
+    return TrialCost(
+        rollouts=len(done), prompt_tokens=sum(p for p, _ in tokens), output_tokens=sum(o for _, o in tokens)
+    )
 
 
 def _result(request: TrialRequest, done: list[tuple[Trajectory, Verdict]]) -> TrialResult:

@@ -21,6 +21,8 @@ RUN = "small"
 SMALL: dict[str, Any] = {
     "task": {"name": "arith"},
     "engine": {"name": "constant", "params": {"text": "7"}},
+    # Where all answers are the same no edit is better: the first one is taken untried.
+    "author": {"name": "operators", "params": {"episodes": 0}},
     "levers": ["harness"],
     "max_generations": 2,
     "evaluation": {"dev_examples": 20, "sealed_examples": 20, "train_groups": 4, "train_samples": 2},

@@ -21,7 +21,7 @@ from bascule.schemas.codec import decision_hash
 from bascule.schemas.envelope import Draft, Recorded
 from bascule.schemas.errors import ScoringError
 from bascule.schemas.landscape import Measured
-from bascule.schemas.trajectory import Verdict
+from bascule.schemas.trajectory import Trajectory, Verdict
 from bascule.verifiers.scoring import Scorer
 
 Make = Callable[[MemoryLog], View]
@@ -95,10 +95,18 @@ class Moody:
     async def __aexit__(self, *_: object) -> None:
         await self._scorer.close()
 
-    async def score(self, split: ev.Split, example: str, answer: str | None) -> Verdict:
+    async def opinions(
+        self,
+        split: ev.Split,
+        example: str,
+        answer: str | None,
+        episode: Trajectory | None = None,
+        *,
+        second: bool = True,
+    ) -> tuple[Verdict, Verdict | None]:
         if self.broken and split == "dev":
             raise self.error
-        return await self._scorer.score(split, example, answer)
+        return await self._scorer.opinions(split, example, answer, episode, second=second)
 
 
 def services(scoring: Moody) -> list[Service]:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from bascule.plugins.authors.suggesting import SUGGEST
 from bascule.plugins.engine import EngineInfo, Sampled, SampleRequest
 from bascule.plugins.loader import plugins
 from bascule.plugins.policy import (
@@ -164,9 +165,10 @@ async def test_the_tuner_improves_a_harness_by_real_trials_and_a_replay_makes_no
     log = await started(make_view, "tuner", {"trials": TRIALS, "positions": 16})
     events = await finish(make_view, log)
     calls = of(events, ev.ToolCalled)
-    assert tried == [f"g01-author-{i:03d}" for i in range(TRIALS)]
-    assert [(c.session, c.ordinal, c.name) for c in calls] == [("g01-author", i, TRIAL) for i in range(TRIALS)]
-    results = [msgspec.json.decode(c.result, type=TrialResult) for c in calls]
+    assert tried == [f"g01-author-{i:03d}" for i in range(0, 2 * TRIALS, 2)]
+    assert [(c.session, c.ordinal) for c in calls] == [("g01-author", i) for i in range(2 * TRIALS - 1)]
+    assert [c.name for c in calls] == [TRIAL, *[SUGGEST, TRIAL] * (TRIALS - 1)]
+    results = [msgspec.json.decode(c.result, type=TrialResult) for c in calls if c.name == TRIAL]
     assert {(r.n, len(r.rewards), r.errors, r.unscored) for r in results} == {(16, 16, 0, 0)}
     assert max(r.score for r in results) > results[0].score
     edited = of(events, ev.HarnessProposed)[1]
@@ -189,7 +191,7 @@ async def test_a_run_that_is_stopped_between_trials_repeats_none(make_view: Make
     reached = asyncio.Event()
 
     def look(event: Recorded) -> None:
-        if isinstance(event.data, ev.ToolCalled) and event.data.ordinal == 1:
+        if isinstance(event.data, ev.ToolCalled) and event.data.ordinal == 2:
             reached.set()
 
     view.listeners.append(look)
@@ -203,10 +205,10 @@ async def test_a_run_that_is_stopped_between_trials_repeats_none(make_view: Make
     await asyncio.gather(task, return_exceptions=True)
     before = list(tried)
     events = await finish(make_view, log)
-    assert before[:2] == ["g01-author-000", "g01-author-001"]
+    assert before[:2] == ["g01-author-000", "g01-author-002"]
     # One may have been under way, and is made again; none whose result was recorded.
-    assert not {"g01-author-000", "g01-author-001"} & set(tried[len(before) :])
-    assert [c.ordinal for c in of(events, ev.ToolCalled)] == list(range(TRIALS))
+    assert not {"g01-author-000", "g01-author-002"} & set(tried[len(before) :])
+    assert [c.ordinal for c in of(events, ev.ToolCalled)] == list(range(2 * TRIALS - 1))
     assert of(events, ev.RunCompleted)
 
 

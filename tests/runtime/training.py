@@ -18,7 +18,7 @@ from bascule.schemas import events as ev
 from bascule.schemas import subjects
 from bascule.schemas.envelope import Draft
 from bascule.schemas.errors import TrainError
-from bascule.schemas.landscape import Measured
+from bascule.schemas.landscape import Measured, MeasuredEvaluation
 from bascule.schemas.trajectory import (
     ModelCall,
     Output,
@@ -133,7 +133,7 @@ async def group(
         drafts += [(subjects.trajectory_logged(RUN, name), logged), (subjects.trajectory_scored(RUN, name), scored)]
     completed = ev.EvaluationCompleted(
         evaluation=evaluation, purpose="landscape", generation=0, split="train", landscape=landscape([figures]),
-        measured=Measured(),
+        measured=MeasuredEvaluation(),
     )  # fmt: skip
     for subject, data in (*drafts, (subjects.evaluation_completed(RUN, evaluation), completed)):
         await view.append("verifier", [Draft(subject=subject, step=1, data=data)])

@@ -62,7 +62,9 @@ async def _episodes(config: Any) -> AsyncIterator[rollout.Episodes]:
 
 
 class _Scoring:
-    async def score(self, split: Split, example: str, answer: str | None) -> Scored:
+    async def opinions(
+        self, split: Split, example: str, answer: str | None, episode: Trajectory | None = None, *, second: bool = True
+    ) -> tuple[Scored, None]:
         trigger = TRIGGER.get()
         assert trigger is not None
         logged: Any = trigger.data
@@ -70,7 +72,7 @@ class _Scoring:
         known = evaluation.completed is not None or (logged.position, logged.sample) in evaluation.verdicts
         process = _begun(f"score {logged.trajectory}", known)
         await process.weather.effort()
-        return world.Private().score(answer)
+        return world.Private().score(answer), None
 
 
 @contextlib.asynccontextmanager

@@ -251,7 +251,7 @@ def _started() -> RunStarted:
         author=choice,
         max_generations=3,
         evaluation=EvaluationConfig(train_groups=1, train_samples=1),
-        gate=GateConfig(alpha=0.6),
+        gate=GateConfig(alpha=0.6, guard="none"),
         shard_size=1,
     )
     pin = PluginPin(kind="algorithm", name=NAME, version="1", distribution="sim 0", hash="sim")
