@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 
@@ -47,19 +48,39 @@ def asked(request: SampleRequest) -> str:
 
 
 class Sampled(msgspec.Struct, frozen=True, kw_only=True):
-    """The exact prompt that the model saw, and the outputs in order."""
+    """The exact prompt that the model saw, and the outputs in order.
+
+    Attributes:
+        usage: tokens of the prompt and of all outputs, from an engine that counts them and does not give their ids.
+    """
 
     prompt_ids: tuple[int, ...]
     outputs: tuple[Output, ...]
+    usage: tuple[int, int] | None = None
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run records of its engine: enough to tell whether two runs used the same model."""
+    """What a run records of its engine: enough to tell whether two runs used the same model, and what it can.
+
+    Attributes:
+        token_ids: answers hold the exact token ids of prompt and outputs.
+        logprobs: outputs hold the log-probability of every token at the sampling temperature.
+        seeds: the answer depends on the request's seed.
+        adapters: LoRA adapters can be loaded.
+    """
 
     name: str
     model: str
     model_digest: str
     versions: dict[str, str] = {}
+    token_ids: bool = True
+    logprobs: bool = True
+    seeds: bool = True
+    adapters: bool = True
+
+
+#: The fields of :class:`EngineInfo` that say what an engine can.
+CAPABILITIES = ("token_ids", "logprobs", "seeds", "adapters")
 
 
 class Engine(Protocol):
@@ -90,6 +111,31 @@ class Engine(Protocol):
             EngineError: the adapter is unknown, or the prompt is longer than the model's context.
         """
         ...
+
+
+@runtime_checkable
+class Scoring(Protocol):
+    """An engine that says how likely given tokens are, so that a probe can tell what an adapter serves."""
+
+    async def score(self, adapter: str | None, ids: Sequence[int]) -> tuple[tuple[float, ...], ...]:
+        """Log-probabilities at temperature 1 of each of ``ids`` but the first, after those before it.
+
+        Args:
+            adapter: a loaded one, None for the base model.
+            ids: two or more, within the model's context.
+
+        Returns:
+            One tuple for each copy of the model that answers requests; all are asked.
+
+        Raises:
+            EngineError: the adapter is not loaded, or a copy does not answer.
+        """
+        ...
+
+
+def cannot(engine: Engine) -> frozenset[str]:
+    """What an engine can not, whatever its start finds: names of :class:`EngineInfo`'s capabilities, known before."""
+    return frozenset(getattr(engine, "cannot", ()))
 
 
 class EngineFactory(Protocol):

@@ -1,4 +1,8 @@
-"""The embedded engine against ``model.generate``, on short answers to prompts that share a system prompt."""
+"""The embedded engine against ``model.generate``, on short answers to prompts that share a system prompt.
+
+And how late the event loop is while many episodes ask the engine: a task sleeps a little, again and again, and measures
+when it comes back.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,10 @@ from ops.bench.report import Figure, figure
 
 PROMPTS = 64
 NEW_TOKENS = 8
+EPISODES = 256
+CALLS = 3
+TICK = 0.005
+LATEST = 0.050  # seconds that the loop may be late at the 99th percentile
 SYSTEM = (
     "You are a careful calculator. Read the question, work out the result, and answer with the number alone: "
     "no words, no units, no explanation, and no punctuation after the number."
@@ -58,6 +66,39 @@ def run(model_name: str = DEFAULT_MODEL, repeats: int = 3) -> tuple[dict[str, Fi
     return asyncio.run(_run(model_name, repeats))
 
 
+async def lateness(engine: TransformersEngine) -> tuple[list[float], float]:
+    """Seconds that the loop was late each time, and the seconds of it all, with many episodes of several calls."""
+    late: list[float] = []
+
+    async def episode(number: int) -> None:
+        said = ""
+        for call in range(CALLS):
+            question = f"What is {17 * number % 90 + 3} + {29 * number % 80 + call}?"
+            request = SampleRequest(
+                trajectory=f"bench-{number:04d}-n0",
+                call=call,
+                prompt=(Message("system", SYSTEM), Message("user", f"{said}{question}")),
+                n=1,
+                sampling=Sampling(temperature=1.0, max_tokens=NEW_TOKENS),
+                seed=number,
+            )
+            said = f"{(await engine.sample(request)).outputs[0].text} "
+
+    async def ticks() -> None:
+        while True:
+            due = time.perf_counter() + TICK
+            await asyncio.sleep(TICK)
+            late.append(time.perf_counter() - due)
+
+    ticking = asyncio.create_task(ticks())
+    start = time.perf_counter()
+    await asyncio.gather(*(episode(i) for i in range(EPISODES)))
+    seconds = time.perf_counter() - start
+    ticking.cancel()
+    await asyncio.gather(ticking, return_exceptions=True)
+    return late, seconds
+
+
 async def _run(model_name: str, repeats: int) -> tuple[dict[str, Figure], list[str]]:
     from bascule.trainers.base_model import load_model, resolve_model
 
@@ -84,16 +125,24 @@ async def _run(model_name: str, repeats: int) -> tuple[dict[str, Figure], list[s
         if turn:  # the first turn warms up
             ours.append(PROMPTS / (middle - start))
             theirs.append(PROMPTS / (end - middle))
+    late, seconds = await lateness(engine)
     await engine.close()
+    middle_of, worst = (statistics.quantiles(late, n=100)[i] for i in (49, 98))
     name = f"generate, batch of {PROMPTS}"
     ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
     figures = {
         "engine": figure(ours, "prompts/s", baseline=name, ratio=ratio),
         "generate": figure(theirs, "prompts/s"),
+        "event loop late, p50": figure([middle_of], "s"),
+        "event loop late, p99": figure([worst], "s"),
+        "calls of episodes": figure([EPISODES * CALLS / seconds], "calls/s"),
         "peak_memory": figure([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20], "GiB, both models"),
     }
     tokens = sum(map(len, prompts)) / PROMPTS
+    notes = [] if worst <= LATEST else [f"UNDER: the loop is {worst * 1e3:.0f} ms late at the 99th percentile."]
     return figures, [
+        *notes,
+        f"{EPISODES} episodes of {CALLS} calls at a time: {len(late)} ticks, the latest {max(late) * 1e3:.0f} ms late.",
         f"{equal} of {PROMPTS} greedy answers equal; prompts of {tokens:.0f} tokens, {NEW_TOKENS} new at most.",
         f"{info.model}, {', '.join(f'{k} {v}' for k, v in info.versions.items())}; prefixes are cold in each turn.",
     ]

@@ -74,7 +74,7 @@ class CassetteEngine:
                 f"The cassette {self._path} holds another question under call {request.call} of {request.trajectory}.",
                 next_step="Record a run with the same configuration.",
             )
-        return Sampled(prompt_ids=tuple(unpack_ids(call.prompt_ids)), outputs=call.outputs)
+        return Sampled(prompt_ids=tuple(unpack_ids(call.prompt_ids)), outputs=call.outputs, usage=call.usage)
 
 
 class _Subject(msgspec.Struct):

@@ -17,7 +17,15 @@ class ConstantEngine:
         self._text = text
 
     async def start(self) -> EngineInfo:
-        return EngineInfo(name="constant", model="constant", model_digest="")
+        return EngineInfo(
+            name="constant",
+            model="constant",
+            model_digest="",
+            token_ids=False,
+            logprobs=False,
+            seeds=False,
+            adapters=False,
+        )
 
     async def close(self) -> None:
         pass
@@ -29,7 +37,8 @@ class ConstantEngine:
         del name
 
     async def sample(self, request: SampleRequest) -> Sampled:
-        output = Output(token_ids=b"", logprobs=b"", text=self._text)
+        cuts = [at for at in map(self._text.find, filter(None, request.sampling.stop)) if at >= 0]
+        output = Output(token_ids=b"", logprobs=b"", text=self._text[: min(cuts)] if cuts else self._text)
         return Sampled(prompt_ids=(), outputs=(output,) * request.n)
 
 

@@ -1,17 +1,17 @@
 """The embedded engine: transformers' models, batched over concurrent episodes.
 
-Calls of :meth:`TransformersEngine.sample` queue; one task collects what waits, adapter by adapter in turn, and one
-worker thread computes. Equal rows of a batch are computed once. The module is light: the model libraries are imported
-when the engine starts.
+Calls of :meth:`TransformersEngine.sample` join, between two passes, those that one thread computes; a second thread
+makes tokens of prompts. Equal rows that are asked for at a time are computed once. The module is light: the model
+libraries are imported when the engine starts.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import queue
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from bascule.schemas.trajectory import Output
 from bascule.trainers.base_model import DEFAULT_MODEL
 
 if TYPE_CHECKING:
-    from bascule.runtime.engines.generate import Row
+    from bascule.runtime.engines.generate import Answer, Row
 
 T = TypeVar("T")
 _CLOSED = "The engine was closed before it answered."
@@ -36,10 +36,10 @@ class Params(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     Attributes:
         gather_ms: how long calls must have paused before an idle engine computes.
-        rows: most samples that decode together.
-        tokens: most tokens of one prefill pass.
-        kv_mib: most MiB of keys and values of samples that decode together.
-        prefix_tokens: tokens of shared prefixes that are kept between batches.
+        rows: most samples that decode at a time.
+        tokens: most tokens of prompts in one pass.
+        kv_mib: most MiB of keys and values of samples that decode at a time.
+        prefix_tokens: tokens of shared prefixes that are kept for later calls.
         merged_adapters: adapters whose merged weights are kept.
         threads: threads of torch; None leaves its own choice.
     """
@@ -55,12 +55,11 @@ class Params(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 @dataclass(eq=False)
 class _Call:
-    """One request that waits: the rows still to hand out, and the answers in order."""
+    """One request that waits, and its outputs by their index."""
 
     request: SampleRequest
     rows: tuple[Row, ...]
     future: asyncio.Future[Sampled]
-    given: int = 0
     outputs: dict[int, Output] = field(default_factory=dict)
 
 
@@ -81,7 +80,7 @@ def make(model: str, params: dict[str, Any]) -> Engine:
 
 
 class TransformersEngine:
-    """Satisfies :class:`bascule.plugins.engine.Engine`."""
+    """Satisfies :class:`bascule.plugins.engine.Engine` and :class:`bascule.plugins.engine.Scoring`."""
 
     def __init__(self, model: str, params: Params) -> None:
         self.model_name = model
@@ -89,35 +88,43 @@ class TransformersEngine:
         self.info: EngineInfo | None = None
         # The episodes of a group send the same prompt, each by itself.
         self._encode = lru_cache(maxsize=256)(self.encode)
-        self._queues: OrderedDict[str | None, list[_Call]] = OrderedDict()
-        self._wake = asyncio.Event()
-        self._worker: ThreadPoolExecutor | None = None
-        self._task: asyncio.Task[None] | None = None
+        # Who waits for what; touched on the event loop only.
+        self._asked: dict[tuple[str | None, Row], list[tuple[_Call, int]]] = {}
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None ends the worker
+        self._worker: threading.Thread | None = None
+        self._text: ThreadPoolExecutor | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loaded = False
 
     async def start(self) -> EngineInfo:
         if self.info is None:
-            self._worker = ThreadPoolExecutor(1, thread_name_prefix="bascule-engine")
+            self._loop = asyncio.get_running_loop()
+            self._jobs, self._loaded = queue.SimpleQueue(), False
+            # A daemon, because the process may end without close().
+            self._worker = threading.Thread(target=self._serve, name="bascule-engine", daemon=True)
+            self._worker.start()
             try:
                 self.info = await self._off_loop(self._load)
             except BasculeError as error:
-                self._worker.shutdown(wait=False)
+                self._jobs.put(None)
                 raise EngineError(
                     f"The engine cannot start with {self.model_name!r}: {error.message}", next_step=error.next_step
                 ) from error
-            self._task = asyncio.create_task(self._dispatch(), name="bascule-engine")
+            self._text = ThreadPoolExecutor(1, thread_name_prefix="bascule-engine-text")
         return self.info
 
     async def close(self) -> None:
-        """End the worker after the batch that it computes; calls that wait fail."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-        for call in itertools.chain(*self._queues.values()):
+        """End the worker after the pass that it computes; calls that wait fail."""
+        worker, text = self._worker, self._text
+        self._worker = self._text = self.info = None
+        for call in {id(call): call for calls in self._asked.values() for call, _ in calls}.values():
             self._fail(call, EngineError(_CLOSED))
-        self._queues.clear()
-        if self._worker is not None:
-            await asyncio.to_thread(self._worker.shutdown)
-        self._task = self._worker = self.info = None
+        self._asked.clear()
+        if text is not None:
+            await asyncio.to_thread(text.shutdown)
+        if worker is not None:
+            self._jobs.put(None)
+            await asyncio.to_thread(worker.join)
 
     def encode(self, prompt: tuple[Message, ...] | str) -> tuple[int, ...]:
         """Token ids of a raw completion's text, or of a chat with its generation prompt.
@@ -156,22 +163,41 @@ class TransformersEngine:
 
     async def unload_adapter(self, name: str) -> None:
         self._started()
-        await self._off_loop(partial(self._adapters.remove, name))
+        for row in await self._off_loop(partial(self._remove_adapter, name)):
+            gone = EngineError(
+                f"The adapter {name!r} was unloaded while it was asked for.",
+                next_step="Unload an adapter once its calls are answered.",
+            )
+            for call, _ in self._asked.pop((name, row), []):
+                self._fail(call, gone)
 
     async def sample(self, request: SampleRequest) -> Sampled:
         self._started()
         from bascule.runtime.engines.generate import Row
 
-        prompt = self._encode(request.prompt)
+        # Templates are slow, and many calls come at once: on the loop they would hold up everything else.
+        loop = asyncio.get_running_loop()
+        prompt = await loop.run_in_executor(self._text, self._encode, request.prompt)
+        if self.info is None:
+            raise EngineError(_CLOSED)
         self._check(request, prompt)
         greedy = request.sampling.temperature == 0
         rows = tuple(
             Row(prompt, request.sampling, 0 if greedy else request.seed, 0 if greedy else i) for i in range(request.n)
         )
-        call = _Call(request, rows, asyncio.get_running_loop().create_future())
-        self._queues.setdefault(request.adapter, []).append(call)
-        self._wake.set()
-        return await call.future
+        call = _Call(request, rows, loop.create_future())
+        for i, row in enumerate(rows):
+            self._asked.setdefault((request.adapter, row), []).append((call, i))
+        self._jobs.put(partial(self._generator.submit, request.adapter, rows))
+        try:
+            return await call.future
+        finally:
+            self._withdraw(call)
+
+    async def score(self, adapter: str | None, ids: Sequence[int]) -> tuple[tuple[float, ...], ...]:
+        """See :class:`bascule.plugins.engine.Scoring`."""
+        self._started()
+        return (tuple(await self._off_loop(partial(self._score, adapter, ids))),)
 
     def _check(self, request: SampleRequest, prompt: tuple[int, ...]) -> None:
         who = f"Call {request.call} of {request.trajectory!r}"
@@ -193,75 +219,32 @@ class TransformersEngine:
                 next_step="Ask for at least one sample of a prompt that is not empty.",
             )
 
-    async def _dispatch(self) -> None:
-        while True:
-            await self._wake.wait()
-            await self._gather()
-            while self._queues:
-                # Each adapter gives one batch in its turn, so that a long queue delays the others by one batch only.
-                adapter, queue = self._queues.popitem(last=False)
-                batch = self._take(queue)
-                if queue:
-                    self._queues[adapter] = queue
-                if batch:
-                    await self._answer(adapter, batch)
-            self._wake.clear()
-
-    async def _gather(self) -> None:
-        """Wait until requests have paused for ``gather_ms``: episodes start one by one, and one batch beats many."""
-        asked = -1
-        while asked < (now := sum(call.request.n for queue in self._queues.values() for call in queue)):
-            if now >= self.params.rows:
-                return
-            asked = now
-            await asyncio.sleep(self.params.gather_ms / 1000)
-
-    def _take(self, queue: list[_Call]) -> list[tuple[_Call, int]]:
-        """Remove from a queue what makes one batch: calls, and the indices of their rows."""
-        batch: list[tuple[_Call, int]] = []
-        rows: set[Row] = set()
-        while queue and len(rows) < self.params.rows:
-            call = queue[0]
-            if not call.future.done():
-                while call.given < len(call.rows) and len(rows) < self.params.rows:
-                    rows.add(call.rows[call.given])
-                    batch.append((call, call.given))
-                    call.given += 1
-                if call.given < len(call.rows):
-                    break
-            queue.pop(0)
-        return batch
-
-    async def _answer(self, adapter: str | None, batch: list[tuple[_Call, int]]) -> None:
-        waiting: dict[Row, list[tuple[_Call, int]]] = {}
-        for call, i in batch:
-            waiting.setdefault(call.rows[i], []).append((call, i))
-        post = asyncio.get_running_loop().call_soon_threadsafe
-
-        def deliver(row: Row, output: Output) -> None:
-            for call, i in waiting[row]:
-                call.outputs[i] = output
+    def _deliver(self, answers: Iterable[Answer]) -> None:
+        """Hand a pass's answers to whoever waits for them."""
+        for answer in answers:
+            outcome = answer.outcome
+            for call, i in self._asked.pop((answer.adapter, answer.row), ()):
+                if isinstance(outcome, Exception):
+                    self._fail(call, _failure(call.request, outcome))
+                    continue
+                call.outputs[i] = outcome
                 if len(call.outputs) == len(call.rows) and not call.future.done():
                     outputs = tuple(call.outputs[j] for j in range(len(call.rows)))
-                    call.future.set_result(Sampled(prompt_ids=row.prompt, outputs=outputs))
+                    call.future.set_result(Sampled(prompt_ids=answer.row.prompt, outputs=outputs))
 
-        def done(row: Row, output: Output) -> None:
-            post(deliver, row, output)
-
-        try:
-            await self._off_loop(partial(self._compute, adapter, list(waiting), done))
-        except asyncio.CancelledError:
-            for call, _ in batch:
-                self._fail(call, EngineError(_CLOSED))
-            raise
-        except Exception as error:
-            for call, _ in batch:
-                request = call.request
-                reason = f"{type(error).__name__}: {error}"
-                what = f"Call {request.call} of {request.trajectory!r} failed in the model: {reason}"
-                failure = EngineError(what, next_step="Ask again; lower rows, tokens or kv_mib if memory ran out.")
-                failure.__cause__ = error
-                self._fail(call, failure)
+    def _withdraw(self, call: _Call) -> None:
+        """Let go of what a call still waits for; what nobody else waits for is not computed further."""
+        adapter, alone = call.request.adapter, []
+        for row in dict.fromkeys(call.rows):
+            waiting = self._asked.get((adapter, row))
+            if waiting is None:
+                continue
+            waiting[:] = [one for one in waiting if one[0] is not call]
+            if not waiting:
+                del self._asked[adapter, row]
+                alone.append(row)
+        if alone:
+            self._jobs.put(partial(self._generator.cancel, adapter, alone))
 
     @staticmethod
     def _fail(call: _Call, error: EngineError) -> None:
@@ -273,10 +256,57 @@ class TransformersEngine:
             raise EngineError("The engine is not started.", next_step="Await start() first.")
 
     async def _off_loop(self, work: Callable[[], T]) -> T:
-        assert self._worker is not None
-        return await asyncio.get_running_loop().run_in_executor(self._worker, work)
+        """Have the worker do something between two passes."""
+        done: Future[T] = Future()
+
+        def job() -> None:
+            if not done.set_running_or_notify_cancel():
+                return
+            try:
+                done.set_result(work())
+            except Exception as error:
+                done.set_exception(error)
+
+        self._jobs.put(job)
+        return await asyncio.wrap_future(done)
 
     # What follows runs in the worker thread.
+
+    def _serve(self) -> None:
+        assert self._loop is not None
+        while self._work_off():
+            answers = self._generator.step() if self._busy() else []
+            if answers:
+                try:
+                    self._loop.call_soon_threadsafe(self._deliver, answers)
+                except RuntimeError:  # the loop was closed, and the engine was not
+                    return
+
+    def _busy(self) -> bool:
+        return self._loaded and self._generator.busy
+
+    def _work_off(self) -> bool:
+        """Do the jobs that wait; False once there is none left to come.
+
+        An idle worker waits for the first, and goes on once they have paused for ``gather_ms``: episodes start one by
+        one, and one pass beats many.
+        """
+        idle = not self._busy()
+        while True:
+            try:
+                if not idle:
+                    job = self._jobs.get_nowait()
+                elif not self._busy():
+                    job = self._jobs.get()
+                elif self._generator.waiting >= self.params.rows:
+                    return True
+                else:
+                    job = self._jobs.get(timeout=self.params.gather_ms / 1000)
+            except queue.Empty:
+                return True
+            if job is None:
+                return False
+            job()
 
     def _load(self) -> EngineInfo:
         import torch
@@ -298,7 +328,9 @@ class TransformersEngine:
             lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)),
             base_model.end_tokens(model, tokenizer),
             Limits(rows=p.rows, tokens=p.tokens, kv_mib=p.kv_mib, prefix_tokens=p.prefix_tokens),
+            self._adapters.activate,
         )
+        self._loaded = True
         return EngineInfo(
             name="transformers",
             model=self.model_name,
@@ -311,6 +343,21 @@ class TransformersEngine:
 
         self._adapters.add(read_adapter(name, folder, self._generator.model))
 
-    def _compute(self, adapter: str | None, rows: Sequence[Row], done: Callable[[Row, Output], None]) -> None:
-        self._adapters.activate(adapter)
-        self._generator.run(adapter, rows, done)
+    def _score(self, adapter: str | None, ids: Sequence[int]) -> list[float]:
+        if adapter is not None and adapter not in self._adapters:
+            raise EngineError(
+                f"A probe asks for the adapter {adapter!r}, which is not loaded.", next_step="Load it first."
+            )
+        return self._generator.score(adapter, ids)
+
+    def _remove_adapter(self, name: str) -> list[Row]:
+        self._adapters.remove(name)
+        return self._generator.drop(name)
+
+
+def _failure(request: SampleRequest, error: Exception) -> EngineError:
+    reason = f"{type(error).__name__}: {error}"
+    what = f"Call {request.call} of {request.trajectory!r} failed in the model: {reason}"
+    failure = EngineError(what, next_step="Ask again; lower rows, tokens or kv_mib if memory ran out.")
+    failure.__cause__ = error
+    return failure

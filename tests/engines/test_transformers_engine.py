@@ -254,7 +254,7 @@ async def test_an_exception_in_the_worker_reaches_its_callers_and_the_engine_liv
         raise MemoryError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._generator, "run", broken)
+        patch.setattr(engine._generator, "_forward", broken)
         results = await asyncio.gather(*(engine.sample(request(p)) for p in PROMPTS[:3]), return_exceptions=True)
     assert all(isinstance(r, EngineError) and "no room" in str(r) for r in results)
     assert await engine.sample(request(PROMPTS[0]))
@@ -264,16 +264,16 @@ async def test_the_loop_stays_responsive_and_a_cancelled_caller_harms_nobody(
     engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entered, release = threading.Event(), threading.Event()
-    run = engine._generator.run
+    forward = engine._generator._forward
 
-    def held(*arguments: Any) -> None:
+    def held(*arguments: Any) -> Any:
         entered.set()
-        assert release.wait(30)
-        run(*arguments)
+        assert release.wait(60)
+        return forward(*arguments)
 
-    monkeypatch.setattr(engine._generator, "run", held)
+    monkeypatch.setattr(engine._generator, "_forward", held)
     running, other = (asyncio.create_task(engine.sample(request(p))) for p in PROMPTS[:2])
-    await asyncio.to_thread(entered.wait, 30)
+    await asyncio.to_thread(entered.wait, 60)
     waiting, last = (asyncio.create_task(engine.sample(request(p))) for p in PROMPTS[2:4])
     await asyncio.sleep(0)  # reached only because the loop is not held by the model
     running.cancel()
