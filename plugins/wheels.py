@@ -75,15 +75,20 @@ def fetch_wheel(name: str, version: str, sha256: str, *, task: str | None = None
         ConfigError: the wheel cannot be downloaded, its hash is another, or something else stands at its place.
     """
     folder = wheel_folder()
-    for path in sorted(folder.glob("*.whl")):
-        if _is_of(path, name, version):
-            _check_place(path)
-            return _checked(path, sha256, f"Delete {path} and run again to fetch it anew.")
+    cached = cached_wheel(name, version)
+    if cached is not None:
+        _check_place(cached)
+        return _checked(cached, sha256, f"Delete {cached} and run again to fetch it anew.")
     # The temporary folder lies in the cache so that the rename into place stays on one file system.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary:
         fetched = _download(name, version, Path(temporary), task)
         _checked(fetched, sha256, "The index serves another file than the pinned one: do not use it; check your index.")
         return fetched.replace(folder / fetched.name)
+
+
+def cached_wheel(name: str, version: str) -> Path | None:
+    """The file of the wheel ``name==version`` in the cache, unchecked; None if it would be fetched."""
+    return next((path for path in sorted(wheel_folder().glob("*.whl")) if _is_of(path, name, version)), None)
 
 
 def adopt_wheel(name: str, version: str, sha256: str, source: Path) -> Path:

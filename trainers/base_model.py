@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bascule.plugins.wheels import cache_folder, extract, fetch_wheel, file_sha256
+from bascule.plugins.wheels import cache_folder, cached_wheel, extract, fetch_wheel, file_sha256
 from bascule.plugins.whole import whole_file
 from bascule.schemas.errors import ConfigError
 
@@ -76,6 +76,23 @@ def resolve_model(model: str = DEFAULT_MODEL) -> Path:
             next_step="Convert them to safetensors with the model's own tools, and name that folder.",
         )
     return folder.resolve()
+
+
+def present_model(model: str = DEFAULT_MODEL) -> Path | None:
+    """The folder of a base model; None for the embedded one if it would have to be fetched or converted first.
+
+    Raises:
+        ConfigError: as :func:`resolve_model`.
+    """
+    if model != DEFAULT_MODEL:
+        return resolve_model(model)
+    folder = _embedded_folder()
+    return folder if folder.is_dir() else None
+
+
+def has_embedded_wheel() -> bool:
+    """Whether the embedded model's wheel is in the cache."""
+    return cached_wheel(*_WHEEL[:2]) is not None
 
 
 def model_digest(folder: Path) -> str:
@@ -250,8 +267,12 @@ def _silenced() -> Iterator[Any]:
             logging.enable_progress_bar()
 
 
+def _embedded_folder() -> Path:
+    return cache_folder() / "models" / f"{DEFAULT_MODEL}-{_LAYOUT}"
+
+
 def _embedded() -> Path:
-    folder = cache_folder() / "models" / f"{DEFAULT_MODEL}-{_LAYOUT}"
+    folder = _embedded_folder()
     if folder.is_dir():  # renamed into place whole, so its presence is enough
         return folder
     folder.parent.mkdir(exist_ok=True)

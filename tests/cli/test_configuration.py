@@ -85,6 +85,40 @@ def test_trl_is_missed_only_where_it_is_asked_for(model: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
+    ("policy", "changes", "said"),
+    [
+        ("fixed", {}, "told no algorithm"),
+        ("fixed", {"params": {"algorithm": "gpro"}}, "policy fixed is told to use 'gpro', and there is none"),
+        ("fixed", {"params": {"preset": "lawbench", "schedule": ["harness"]}}, "leaves the harness alone"),
+        ("alternate", {}, "leaves the harness alone"),
+        ("rules", {"params": {"algorithm": "gpro"}}, "policy rules is told to use 'gpro'"),
+    ],
+)
+def test_a_policy_that_could_not_do_as_it_is_told_is_refused_before_the_run_starts(
+    model: Path, policy: str, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        checked(model, policy={"name": policy, **changes})
+    assert checked(model, policy={"name": "fixed", "params": {"preset": "lawbench"}})
+
+
+@pytest.mark.parametrize("named", [{"algorithm": "dpo"}, {"algorithm": "grpo"}, {"preset": "trimul"}])
+def test_an_algorithm_that_compares_samples_is_refused_where_an_example_has_one(
+    model: Path, named: dict[str, str]
+) -> None:
+    asked = {"name": "fixed", "params": named}
+    with pytest.raises(ConfigError, match=r"compares samples of one example, and evaluation\.train_samples is 1"):
+        checked(model, policy=asked, evaluation={"train_samples": 1})
+    assert checked(model, policy=asked)
+    with pytest.raises(ConfigError, match="The algorithm entropic cannot be used so"):
+        checked(
+            model,
+            policy={"name": "fixed", "params": {"preset": "trimul"}},
+            algorithms={"grpo": {}, "entropic": {"num_generations": 2}},
+        )
+
+
+@pytest.mark.parametrize(
     ("algorithm", "values", "said"),
     [
         ("grpo", {"loss_type": "nonsense"}, r"loss_type is not usable: .*it is one of dapo, dr_grpo, grpo"),
