@@ -1,4 +1,4 @@
-"""meta: turns a run's start into its first harness, from the task's specification and reference code."""
+"""meta: turns a run's start into its first harness: the one that was given, or the task's reference code."""
 
 from __future__ import annotations
 
@@ -21,19 +21,21 @@ def decide(state: RunState, event: Recorded, world: World) -> list[Draft]:
         return []
     cause = event.envelope.id
 
+    given = event.data.config.harness
+
     def failed(why: object) -> list[Draft]:
-        data = RunFailed(service=NAME, reason=f"The first harness of the task {world.task.name} is not usable. {why}")
+        whose = "that was given" if given else f"of the task {world.task.name}"
+        data = RunFailed(service=NAME, reason=f"The first harness {whose} is not usable. {why}")
         return [Draft(subject=subjects.run_end(state.run), step=0, cause=cause, data=data)]
 
     try:
-        harness = make_harness(world.redaction.value(world.task.harness()))
+        harness = make_harness(world.redaction.value(given or world.task.harness()))
     except HarnessError as e:
         return failed(e)
     if (refused := refusal(harness.manifest, world.public)) is not None:
         return failed(refused)
-    proposed = HarnessProposed(
-        generation=0, digest=harness.digest, files=harness.files, author="reference", edit="reference"
-    )
+    author = "given" if given else "reference"
+    proposed = HarnessProposed(generation=0, digest=harness.digest, files=harness.files, author=author, edit=author)
     return [
         Draft(subject=subjects.harness_outcome(state.run, 0), step=0, cause=cause, data=proposed),
         *proposals.candidate(

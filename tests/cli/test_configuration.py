@@ -183,3 +183,11 @@ def test_a_broken_algorithm_concerns_only_the_runs_that_name_it(
     assert "broken" in {pin.name for pin in checked(model).plugins}
     with pytest.raises(ConfigError, match=f"The algorithm broken cannot be used so.*{said}"):
         checked(model, policy={"name": "rules", "params": {"algorithm": "broken"}})
+
+
+@pytest.mark.parametrize(("dev", "settings", "told"), [(7, [], True), (8, [], False), (7, ["gate.guard=none"], False)])
+def test_a_dev_on_which_nothing_can_be_promoted_is_told_of(dev: int, settings: list[str], told: bool) -> None:
+    given = {"task": {"name": "arith"}, "engine": {"name": "constant", "params": {"text": "7"}}, "levers": ["harness"]}
+    config = configuration.configure(given, [f"evaluation.dev_examples={dev}", *settings], plugins())
+    said = configuration.cautions(configuration.preflight(config, plugins()))
+    assert [line[:21] for line in said] == (["On 7 examples of dev "] if told else [])

@@ -1,0 +1,179 @@
+"""Makes the runs of an experiment, one after the other: what is done is taken as it is, what is under way goes on."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import msgspec
+
+from bascule.plugins.loader import described, plugins
+from bascule.runtime.cli import launch
+from bascule.runtime.cli.experiment_file import Experiment
+from bascule.runtime.cli.store import Store, leaves
+from bascule.runtime.experiments.comparison import ArmPlan, Comparison, RunLine, compare
+from bascule.runtime.experiments.outcome import Folder, Outcome
+from bascule.runtime.experiments.votes import best_of_samples
+from bascule.runtime.state import RunState
+from bascule.runtime.world import plain, world_of
+from bascule.schemas.errors import BasculeError, LogError, NotFound
+from bascule.schemas.events import RunStarted
+
+#: Besides its configuration, what makes a run another one.
+_DATA = ("task_version", "task_digest", "model_digest")
+_SHOWN = 60
+#: Something that follows a run's events, open while the run is served.
+Follow = Callable[[], AbstractContextManager[Any]]
+
+
+async def make_runs(store: Store, experiment: Experiment, say: Callable[[str], None], follow: Follow) -> list[RunLine]:
+    """Make every run that is not completed yet, seed by seed, so that a part of the table can be had early.
+
+    Raises:
+        LogError: the log itself fails; what any other failure ends is that run.
+    """
+    todo = [(seed, arm) for seed in experiment.seeds for arm in experiment.arms]
+    took: dict[str, list[float]] = {}
+    lines = []
+    for place, (seed, arm) in enumerate(todo):
+        name = experiment.run(arm.name, seed)
+        state = await known(store, name)
+        line = _judged(experiment, arm, seed, state)
+        left = [a.name for _, a in todo[place:]]
+        told = f"[{place + 1}/{len(todo)}] {arm.name}, seed {seed} ({name})"
+        if line is None:
+            now = "goes on" if state is not None else "begins"
+            say(f"{told}: {now}; {len(left)} left with it, {_time_left(took, left)}")
+            before = time.monotonic()
+            line = await _made(store, experiment, arm, seed, fresh=state is None, follow=follow)
+            if line.status == "completed":
+                took.setdefault(arm.name, []).append(time.monotonic() - before)
+        say(f"{told}: {line.status}" + (f": {line.reason}" if line.reason else ""))
+        lines.append(line)
+    return lines
+
+
+def _judged(experiment: Experiment, arm: ArmPlan, seed: int, state: RunState | None) -> RunLine | None:
+    """What there is to say of a run without making it; None if it is to be made, or to go on."""
+    if state is None:
+        return None
+    line = RunLine(arm=arm.name, seed=seed, run=state.run, status=state.status)
+    assert state.started is not None
+    differ = differences(state.started, start_of(experiment, arm, seed))
+    if differ:
+        reason = f"it was started otherwise: {'; '.join(differ)}. Give the experiment another name, or make it so again"
+        return msgspec.structs.replace(line, status="refused", reason=reason)
+    if state.end is None:
+        return None
+    return line if line.status == "completed" else msgspec.structs.replace(line, reason=state.end.reason)
+
+
+def start_of(experiment: Experiment, arm: ArmPlan, seed: int) -> RunStarted:
+    """How a run starts."""
+    started = experiment.started[arm.name]
+    return msgspec.structs.replace(started, config=msgspec.structs.replace(started.config, seed=seed))
+
+
+def differences(recorded: RunStarted, asked: RunStarted) -> list[str]:
+    """Where a run was started otherwise, by dotted key: what is recorded, and what is asked now."""
+    found = [f"its {name} was another" for name in _DATA if getattr(recorded, name) != getattr(asked, name)]
+    return [*found, *_differing("", plain(recorded.config), plain(asked.config))]
+
+
+def _differing(path: str, old: Any, new: Any) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted({*old, *new})
+        return [line for k in keys for line in _differing(f"{path}.{k}" if path else k, old.get(k), new.get(k))]
+    if old == new:
+        return []
+    if path.startswith("harness."):
+        return [f"{path} was another text"]
+    return [f"{path} was {_short(old)}, and is {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = "not set" if value is None else msgspec.json.encode(value).decode()
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+async def known(store: Store, name: str) -> RunState | None:
+    """The state of a run, if there is one of that name."""
+    try:
+        return await launch.state_of(store, name)
+    except NotFound:
+        return None
+
+
+async def _made(
+    store: Store, experiment: Experiment, arm: ArmPlan, seed: int, *, fresh: bool, follow: Follow
+) -> RunLine:
+    name = experiment.run(arm.name, seed)
+    line = RunLine(arm=arm.name, seed=seed, run=name, status="open")
+    try:
+        if fresh:
+            await launch.start(store, name, start_of(experiment, arm, seed))
+        else:
+            await launch.resume(store, name)
+        with follow() as live:
+            if not fresh:
+                live.skip_to(await store.log.head(f"bascule.{name}.>"))
+            await launch.work(store, name, [live])
+    except Exception as error:
+        causes = [*leaves(error)]
+        if any(isinstance(cause, LogError) for cause in causes):
+            raise
+        cause = next((c for c in causes if isinstance(c, BasculeError)), causes[0])
+        reason = str(cause) if isinstance(cause, BasculeError) else described(cause)
+        return msgspec.structs.replace(line, status="failed", reason=reason)
+    state = await launch.state_of(store, name)
+    reason = state.paused or ""
+    if state.end is not None and state.status != "completed":
+        reason = state.end.reason
+    return msgspec.structs.replace(line, status=state.status, reason=reason)
+
+
+def _time_left(took: dict[str, list[float]], left: Sequence[str]) -> str:
+    """An estimate from the runs that were made just now: of the same arm where there is one, else of all."""
+    every = [seconds for found in took.values() for seconds in found]
+    if not every:
+        return "no run was made yet to tell the time from"
+    seconds = sum(statistics.fmean(took.get(arm) or every) for arm in left)
+    return f"about {duration(seconds)}"
+
+
+def duration(seconds: float) -> str:
+    """``1 h 05 min``, ``7 min``, ``40 s``."""
+    minutes = round(seconds / 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min" if seconds >= 90 else f"{round(seconds)} s"
+
+
+async def comparison_of(store: Store, experiment: Experiment, lines: Sequence[RunLine]) -> Comparison:
+    """The table of the runs that are completed."""
+    plans = {arm.name: arm for arm in experiment.arms}
+    outcomes = [await _outcome(store, plans[line.arm], line) for line in lines if line.status == "completed"]
+    return compare(
+        name=experiment.name,
+        description=experiment.description,
+        quick=experiment.quick,
+        seeds=experiment.seeds,
+        baselines=experiment.baselines,
+        arms=experiment.arms,
+        runs=lines,
+        outcomes=outcomes,
+    )
+
+
+async def _outcome(store: Store, arm: ArmPlan, line: RunLine) -> Outcome:
+    folder = Folder(line.run)
+    async for event in store.read(line.run):
+        folder.add(event)
+    if arm.kind != "best-of-n":
+        return folder.outcome(line.arm)
+    assert folder.state.started is not None
+    world = world_of(plugins(), folder.state.started)
+    return folder.outcome(line.arm, await best_of_samples(world, store.blobs(line.run), folder.logged))

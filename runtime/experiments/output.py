@@ -1,0 +1,121 @@
+"""A comparison as files: JSON, CSV and a picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from bascule.runtime.experiments.comparison import Comparison, Estimate, Row
+from bascule.schemas.landscape import Interval
+
+NAMES = ("table.json", "table.csv", "table.png")
+
+
+def write_files(found: Comparison, folder: Path) -> Comparison:
+    """Write the three files into the folder; the comparison comes back with their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / name for name in NAMES]
+    told = msgspec.structs.replace(found, files=tuple(str(p) for p in paths))
+    paths[0].write_bytes(msgspec.json.format(msgspec.json.encode(told), indent=1) + b"\n")
+    paths[1].write_text(as_csv(found), encoding="utf-8")
+    draw(found, paths[2])
+    return told
+
+
+def as_csv(found: Comparison) -> str:
+    """A line for each arm; empty where there is no figure."""
+    lines = [dict(_cells(row, found.baselines)) for row in found.rows]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(lines[0]) if lines else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return out.getvalue()
+
+
+def _cells(row: Row, baselines: Iterable[str]) -> Iterable[tuple[str, object]]:
+    yield from (("arm", row.arm), ("kind", row.kind), ("levers", "+".join(row.levers)), ("votes", row.votes))
+    yield from (("asked", row.asked), ("completed", row.completed))
+    scores = {
+        "dev_before": row.dev_before,
+        "dev_after": row.dev_after,
+        "sealed_before": row.before,
+        "sealed_after": row.after,
+        "pass_at_n": row.oracle,
+    }
+    for name, value in scores.items():
+        yield from _estimate_cells(name, value)
+    against = {d.against: d for d in row.differences}
+    for name in baselines:
+        d = against.get(name)
+        yield from _estimate_cells(f"minus_{name}", d.estimate if d else None)
+        yield f"minus_{name}_p_seeds", d.p_seeds if d else None
+        yield f"minus_{name}_p_items", d.p_items if d else None
+    yield "tokens_an_item", row.tokens
+    parts = {"loop": row.spent, "sealed": row.sealed}
+    parts |= {lever: row.levers_spent.get(lever) for lever in ("harness", "weights")}
+    for name, spent in parts.items():
+        for figure in ("rollouts", "tokens", "seconds"):
+            yield f"{name}_{figure}", getattr(spent, figure) if spent is not None else None
+    for figure in ("generations", "rollouts", "tokens", "seconds", "gpu_seconds", "dollars"):
+        yield f"bound_{figure}", row.bounds.get(figure)
+    yield "algorithms", counted(row.algorithms)
+    yield "promotions", counted(row.promotions)
+
+
+def _estimate_cells(name: str, value: Estimate | None) -> Iterable[tuple[str, object]]:
+    yield name, value.mean if value else None
+    for kind in ("over_seeds", "pooled"):
+        interval = getattr(value, kind) if value else None
+        yield f"{name}_{kind}_low", interval.low if interval else None
+        yield f"{name}_{kind}_high", interval.high if interval else None
+
+
+def counted(found: dict[str, int]) -> str:
+    """``grpo 3, ppo 1``."""
+    return ", ".join(f"{name} {n}" for name, n in sorted(found.items(), key=lambda x: (-x[1], x[0])))
+
+
+def draw(found: Comparison, path: Path) -> None:
+    """Draw sealed scores by arm, and differences to the baselines, with pooled 95% intervals, as a PNG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [r for r in found.rows if r.after is not None]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.6 + 0.5 * max(2, len(rows))), layout="constrained")
+    for y, row in enumerate(reversed(rows)):
+        assert row.after is not None
+        if row.before is not None:
+            left.plot([row.before.mean], [y], "|", ms=14, c="#9aa7b4", label="before")
+        left.errorbar(
+            [row.after.mean], [y], xerr=_errors(row.after.mean, row.after.pooled), fmt="o", c="#1b7f5c", capsize=3,
+            label="after",
+        )  # fmt: skip
+        seeds = row.after.seeds
+        left.plot(seeds, [y] * len(seeds), ".", ms=4, c="#444444", label="a seed")
+        if row.oracle is not None:
+            left.plot([row.oracle.mean], [y], "x", c="#c0392b", label="pass@n, an upper bound")
+    left.set_yticks(range(len(rows)), [r.arm for r in reversed(rows)])
+    left.set(xlabel="sealed score", xlim=(0, None), title=found.name + (" (quick)" if found.quick else ""))
+    named = {label: handle for handle, label in zip(*left.get_legend_handles_labels(), strict=True)}
+    if named:
+        left.legend(named.values(), named.keys(), fontsize=7, loc="best")
+    left.margins(y=0.15)
+    bars = [(r.arm, d) for r in reversed(rows) for d in reversed(r.differences)]
+    for y, (_, d) in enumerate(bars):
+        mean = d.estimate.mean
+        right.errorbar([mean], [y], xerr=_errors(mean, d.estimate.pooled), fmt="o", c="#4a6fa5", capsize=3)
+    right.axvline(0, lw=0.8, c="#444444")
+    right.set_yticks(range(len(bars)), [f"{arm} − {d.against}" for arm, d in bars], fontsize=8)
+    right.set(xlabel="difference of sealed scores", title=f"{len(found.seeds)} seed(s), 95% over seeds and items")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _errors(mean: float, interval: Interval | None) -> list[list[float]] | None:
+    return None if interval is None else [[max(0.0, mean - interval.low)], [max(0.0, interval.high - mean)]]
