@@ -1,209 +1,201 @@
-"""The author ``operators``: general offline edits of a harness that reads its parameters. It knows no task.
+"""The author ``operators``: general edits of a harness that reads its parameters, chosen by a recorded search.
 
-Every edit is a named operator on the parameters and the system prompt of the reference harness, tried once on the same
-harness. Which comes next follows from the promoted harness, its landscape on train, and what became of earlier edits.
-Few-shot examples are train items with their answers: no operator draws any where those must not enter a harness.
+It knows no task. Of the edits that apply, the first ``candidates`` are tried beside the promoted harness on train items
+by successive halving; each trial is a call of the tool ``trial``, so that a crash repeats none and a replay makes none.
+The best edit is proposed if it is better by more than noise, and still has to pass the gate on dev.
+
+Which edits come first, and win where scores are equal, follows from the promoted harness, its landscape on train, and
+what became of earlier edits. Few-shot examples are train items with their answers: none is drawn where those must not
+enter a harness. What is quoted is in no group with what edits are tried on, or they would look better than they are.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import msgspec
 
-from bascule.plugins.authors.shots import choose_shots
-from bascule.plugins.policy import NO_EDIT, AuthorInput, CallResult, Generation, HarnessEdit, NoEdit
-from bascule.plugins.tasks.harness_files import manifest_text
+from bascule.plugins.authors.edit_table import of_version
+from bascule.plugins.authors.edits import Family, Material, edited, material_of, untried
+from bascule.plugins.authors.halving import Round, Standing, excess, kept, rounds
+from bascule.plugins.authors.operators_first import ranked
+from bascule.plugins.authors.trials import ordered, rewards
+from bascule.plugins.policy import (
+    NO_EDIT,
+    TRIAL,
+    AuthorInput,
+    CallResult,
+    CallTool,
+    HarnessEdit,
+    NoEdit,
+    TrialRequest,
+)
 from bascule.schemas.errors import ConfigError
-from bascule.schemas.harness import Harness, HarnessManifest
-
-LOW_SUCCESS = 0.5
-MANY_FORMAT_FAILURES = 0.2
-BRIEF = "Reply with the answer only, without any other words."
-
-Params = dict[str, Any]
-Family = Literal["completion", "chat-shots", "reshuffle", "extract", "brief", "retry", "vote", "instruction"]
-
-
-class Operator(msgspec.Struct, frozen=True, kw_only=True):
-    """One edit.
-
-    Attributes:
-        name: as recorded; it is tried once on the same harness.
-        family: edits of one kind; one that failed puts the others of its family behind.
-        change: the parameters after the edit; None where it does not apply or would change nothing.
-        shots: how many few-shot examples are drawn anew.
-        brief: whether the system prompt is told to ask for the answer only.
-    """
-
-    name: str
-    family: Family
-    change: Callable[[Params], Params | None]
-    shots: int | Literal["same"] | None = None
-    brief: bool = False
-
-
-def _form(form: str, k: int) -> Callable[[Params], Params | None]:
-    def change(params: Params) -> Params | None:
-        if params["form"] == form and len(params.get("shots", ())) >= k:
-            return None
-        # Lines of examples say what is asked; an instruction above them is no such line, and a newline ends the answer.
-        line = {"stop": ["\n"], "instruction": "none"} if form == "completion" else {}
-        return {**params, "form": form, **line}
-
-    return change
-
-
-def _extract(order: Literal["first", "last"]) -> Callable[[Params], Params | None]:
-    def change(params: Params) -> Params | None:
-        old = params.get("extract", "whole")
-        new: Any
-        if isinstance(old, dict):
-            new = {"choice" if order == "first" else "last_choice": next(iter(old.values()))}
-        else:
-            new = f"{order}_{'integer' if old.endswith('_integer') else 'line'}"
-        return None if new == old else {**params, "extract": new}
-
-    return change
-
-
-def _more(name: str, count: int) -> Callable[[Params], Params | None]:
-    def change(params: Params) -> Params | None:
-        return {**params, name: count} if params.get(name, 0) < count else None
-
-    return change
-
-
-def _instruction(place: str) -> Callable[[Params], Params | None]:
-    def change(params: Params) -> Params | None:
-        return None if params.get("instruction", "first") == place else {**params, "instruction": place}
-
-    return change
-
-
-def _with_shots(params: Params) -> Params | None:
-    return dict(params) if params.get("shots") else None
-
-
-def _chat_with_instruction(params: Params) -> Params | None:
-    return dict(params) if params["form"] == "chat" and params.get("instruction", "first") != "none" else None
-
-
-OPERATORS = {
-    o.name: o
-    for o in (
-        *(
-            Operator(name=f"completion-{k}", family="completion", change=_form("completion", k), shots=k)
-            for k in (8, 16)
-        ),
-        *(Operator(name=f"chat-shots-{k}", family="chat-shots", change=_form("chat", k), shots=k) for k in (4, 8)),
-        *(Operator(name=f"reshuffle-{i}", family="reshuffle", change=_with_shots, shots="same") for i in (1, 2, 3)),
-        Operator(name="extract-first", family="extract", change=_extract("first")),
-        Operator(name="extract-last", family="extract", change=_extract("last")),
-        Operator(name="brief", family="brief", change=_chat_with_instruction, brief=True),
-        Operator(name="retry-2", family="retry", change=_more("retries", 2)),
-        Operator(name="vote-5", family="vote", change=_more("votes", 5)),
-        *(
-            Operator(name=f"instruction-{place}", family="instruction", change=_instruction(place))
-            for place in ("question", "first", "none")
-        ),
-    )
-}
+from bascule.schemas.harness import Harness
 
 #: Which families come first, by what the promoted harness shows.
 ORDERS: dict[str, tuple[Family, ...]] = {
-    "low-chat": ("completion", "chat-shots", "extract", "brief", "retry", "vote", "reshuffle", "instruction"),
-    "ill-formed": ("extract", "brief", "retry", "completion", "chat-shots", "vote", "reshuffle", "instruction"),
-    "completion": ("completion", "reshuffle", "vote", "retry", "extract", "chat-shots", "instruction", "brief"),
-    "good-chat": ("chat-shots", "vote", "brief", "completion", "retry", "reshuffle", "extract", "instruction"),
-}
+    "low-chat": (
+        "completion", "nearest", "chat-shots", "extract", "told", "own", "brief", "steps", "retry", "vote",
+        "reshuffle", "instruction",
+    ),
+    "ill-formed": (
+        "extract", "told", "brief", "retry", "completion", "chat-shots", "nearest", "own", "steps", "vote",
+        "reshuffle", "instruction",
+    ),
+    "completion": (
+        "completion", "nearest", "reshuffle", "own", "vote", "retry", "extract", "chat-shots", "instruction", "told",
+        "brief", "steps",
+    ),
+    "good-chat": (
+        "chat-shots", "nearest", "own", "steps", "vote", "told", "brief", "completion", "retry", "reshuffle", "extract",
+        "instruction",
+    ),
+}  # fmt: skip
 
 
-def edit_of(harness: Harness, operator: Operator) -> Params | None:
-    """The parameters after ``operator``, shots aside; None where it does not apply to ``harness``."""
-    params = harness.manifest.params
-    if params.get("form") not in ("chat", "completion"):
-        return None
-    if operator.brief and BRIEF in harness.files["system_prompt.md"]:
-        return None
-    return operator.change(params)
+class Params(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Parameters of the author.
+
+    Attributes:
+        episodes: of a generation's trials, about; each trial is one episode for each of its items. With 0 nothing is
+            tried, and the first edit is proposed.
+        candidates: edits that are tried in a generation.
+        noise: standard errors by which an edit has to be better than the promoted harness on the same items.
+    """
+
+    episodes: Annotated[int, msgspec.Meta(ge=0)] = 480
+    candidates: Annotated[int, msgspec.Meta(ge=1, le=64)] = 12
+    noise: Annotated[float, msgspec.Meta(ge=0, le=10)] = 1.0
 
 
-def untried(harness: Harness, tried: Sequence[str]) -> list[Operator]:
-    """The operators that apply to ``harness`` and are not among ``tried``."""
-    return [o for o in OPERATORS.values() if o.name not in tried and edit_of(harness, o) is not None]
+class Candidate(msgspec.Struct, frozen=True):
+    """An edit and the files after it."""
+
+    name: str
+    files: dict[str, str]
 
 
-def situation(params: Params, history: Sequence[Generation]) -> str:
-    """The key into ``ORDERS``. Without a landscape a harness counts as low."""
-    train = next((g.train for g in reversed(history) if g.outcome == "promoted"), None)
-    if params["form"] == "chat" and (train is None or train.success_rate < LOW_SUCCESS):
-        return "low-chat"
-    if train is not None and train.format_failures > MANY_FORMAT_FAILURES:
-        return "ill-formed"
-    return "completion" if params["form"] == "completion" else "good-chat"
+def make(params: dict[str, Any]) -> Operators:
+    """Build the author.
 
-
-def ranked(given: AuthorInput) -> list[Operator]:
-    """The operators that are left, best first."""
-    failed = Counter(
-        OPERATORS[g.edit].family for g in given.history if g.edit in OPERATORS and g.outcome in ("rejected", "failed")
-    )
-    left = [o for o in untried(given.harness, given.tried) if o.shots is None or _may_quote(given)]
-    if not left:
-        return []
-    order = ORDERS[situation(given.harness.manifest.params, given.history)]
-    return sorted(left, key=lambda o: (failed[o.family], order.index(o.family)))
-
-
-def _may_quote(given: AuthorInput) -> bool:
-    """Whether train items and their answers may stand in a harness."""
-    return given.allows.data and not given.restricted
-
-
-def apply(given: AuthorInput, operator: Operator) -> dict[str, str]:
-    """The files after ``operator``."""
-    old = given.harness.manifest
-    params = edit_of(given.harness, operator)
-    if params is None:
-        raise ValueError(f"The operator {operator.name} does not apply to the harness {given.harness.digest}.")
-    if operator.shots is not None:
-        k = len(params["shots"]) if operator.shots == "same" else operator.shots
-        params["shots"] = choose_shots(given.train, given.answers, k, salt=f"{given.seed} {operator.name}")
-    if params["form"] == "completion":
-        params["max_tokens"] = given.max_answer_tokens
-    files = dict(given.harness.files)
-    if operator.brief:
-        files["system_prompt.md"] = f"{files['system_prompt.md'].rstrip()}\n{BRIEF}\n"
-    calls = params.get("votes", 1) * (params.get("retries", 0) + 1)
-    manifest: HarnessManifest = msgspec.structs.replace(
-        old, params=params, max_model_calls=max(old.max_model_calls, calls)
-    )
-    files["manifest.json"] = manifest_text(manifest)
-    return files
+    Raises:
+        ConfigError: a parameter is unknown or out of range.
+    """
+    try:
+        return Operators(msgspec.convert(params, Params))
+    except msgspec.ValidationError as e:
+        raise ConfigError(
+            f"The author operators cannot take these parameters: {e}.", next_step="Correct that value."
+        ) from e
 
 
 class Operators:
-    """The author ``operators``. It has no parameters and makes no calls."""
+    """See the module's docstring."""
 
     name = "operators"
-    version = "1"
+    version = "2"
 
-    def __init__(self, params: Mapping[str, Any]) -> None:
-        if params:
-            raise ConfigError(f"The author operators has no parameter {min(params)!r}.", next_step="Leave it out.")
+    def __init__(self, params: Params) -> None:
+        self.params = params
 
-    def step(self, given: AuthorInput, results: Sequence[CallResult]) -> HarnessEdit | NoEdit:
-        for operator in ranked(given):
-            files = apply(given, operator)
-            # With hardly a train item, other shots may turn out to be the same ones.
-            if files != given.harness.files:
-                return HarnessEdit(files=files, edit=operator.name)
-        without = "" if _may_quote(given) else ", and the task lets no train items into a harness"
-        return NoEdit(reason=f"Every operator that applies to the promoted harness was tried{without}.")
+    def step(self, given: AuthorInput, results: Sequence[CallResult]) -> CallTool | HarnessEdit | NoEdit:
+        positions = tried_on(given, self._items()) if self.params.episodes else ()
+        material = material_of(given, without={given.train[p].group for p in positions})
+        candidates = self._candidates(given, material)
+        if not candidates:
+            without = "" if material.quotable else ", and the task lets no train items into a harness"
+            return NoEdit(reason=f"Every operator that applies to the promoted harness was tried{without}.")
+        if not positions:
+            return HarnessEdit(files=candidates[0].files, edit=candidates[0].name)  # there is nothing to try it on
+        plan = rounds(len(candidates), budget=self.params.episodes, items=len(positions))
+        found = searched(given.harness, candidates, plan, positions, results)
+        if isinstance(found, CallTool):
+            return found
+        return _best(found, candidates, self.params.noise)
 
     def edits_left(self, harness: Harness, tried: Sequence[str]) -> int:
-        # After a generation without an edit none is left but those with examples, which the task does not let in.
-        return len([o for o in untried(harness, tried) if o.shots is None or NO_EDIT not in tried])
+        """None after a search that found nothing better, or nothing that applies."""
+        return 0 if NO_EDIT in tried else len(untried(harness, tried, of_version("2")))
+
+    def _items(self) -> int:
+        """How many train items are needed where all candidates are tried."""
+        plan = rounds(self.params.candidates, budget=self.params.episodes, items=self.params.episodes)
+        return sum(part.items for part in plan)
+
+    def _candidates(self, given: AuthorInput, material: Material) -> list[Candidate]:
+        """The first edits that apply, no two of which are the same."""
+        found: dict[str, Candidate] = {}
+        for operator in ranked(given, of_version("2"), ORDERS):
+            files = edited(given.harness, operator, material)
+            if files is not None:
+                found.setdefault(repr(sorted(files.items())), Candidate(operator.name, files))
+            if len(found) == self.params.candidates:
+                break
+        return list(found.values())
+
+
+def tried_on(given: AuthorInput, most: int) -> tuple[int, ...]:
+    """Positions of the train items that edits may be tried on, best first.
+
+    None is in a group with an example of the promoted harness. Where items may be quoted, half of the groups are left
+    for that, those first that the landscape has asked, of which the harness's own answers are known.
+    """
+    quoted = {shot["question"] for shot in given.harness.manifest.params.get("shots", ()) if "question" in shot}
+    shown = {e.group for e in given.train if e.input.get("question") in quoted}
+    groups = {e.group for e in given.train}
+    order = [p for p in ordered(given.train, salt=f"{given.seed} trials") if given.train[p].group not in shown]
+    if given.allows.data and not given.restricted:
+        asked = {e.example.group for e in given.evidence}
+        order.sort(key=lambda p: given.train[p].group in asked)
+        chosen = set(list(dict.fromkeys(given.train[p].group for p in order))[: (len(groups) + 1) // 2])
+        order = [p for p in order if given.train[p].group in chosen]
+    return tuple(order[:most])
+
+
+def searched(
+    harness: Harness,
+    candidates: Sequence[Candidate],
+    plan: Sequence[Round],
+    positions: Sequence[int],
+    results: Sequence[CallResult],
+) -> CallTool | list[Standing]:
+    """The next trial, or after the last one the standings: that of the promoted harness, and of who is left.
+
+    Entrant 0 is the promoted harness.
+    """
+    left = iter(results)
+    standings = [Standing(entrant=i, rewards=()) for i in range(len(candidates) + 1)]
+    start = 0
+    for part in plan:
+        standings = [standings[0], *(kept(standings[1:], part.entrants) if start else standings[1:])]
+        asked = tuple(sorted(positions[start : start + part.items]))
+        start += part.items
+        for i, standing in enumerate(standings):
+            result = next(left, None)
+            if result is None:
+                files = {} if standing.entrant == 0 else _other(harness, candidates[standing.entrant - 1].files)
+                request = TrialRequest(files=files, positions=asked)
+                return CallTool(name=TRIAL, arguments=msgspec.json.decode(msgspec.json.encode(request)))
+            scored = rewards(result, len(asked))
+            standings[i] = Standing(entrant=standing.entrant, rewards=(*standing.rewards, *scored))
+    return standings
+
+
+def _other(harness: Harness, files: dict[str, str]) -> dict[str, str | None]:
+    return {name: text for name, text in files.items() if harness.files.get(name) != text}
+
+
+def _best(standings: Sequence[Standing], candidates: Sequence[Candidate], noise: float) -> HarnessEdit | NoEdit:
+    present, others = standings[0], standings[1:]
+    best = kept(others, 1)[0]
+    chosen = candidates[best.entrant - 1]
+    more, error = excess(best.rewards, present.rewards)
+    if more > noise * error:
+        return HarnessEdit(files=chosen.files, edit=chosen.name)
+    return NoEdit(
+        reason=f"None of {len(candidates)} edits was better than the promoted harness ({present.score:.3g} on "
+        f"{len(present.rewards)} train items) by more than noise: the best, {chosen.name}, had {best.score:.3g}, "
+        f"{more:+.3g} with a standard error of {error:.2g}."
+    )

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from bascule.plugins.authors.search import Dimension
+from bascule.plugins.authors.dimensions import Dimension
 from bascule.plugins.tasks.harness_files import literal, manifest_text, with_literal
 from bascule.schemas.errors import HarnessError
 from bascule.schemas.harness import Harness, Tunable

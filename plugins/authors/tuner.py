@@ -1,36 +1,53 @@
 """The author ``tuner``: a recorded search over the parameters that a harness declares.
 
-Every trial is a call of the tool ``trial``, so its result is in the log: a crash repeats none of those that are there,
-and a replay makes none. The first trial is of the harness as it is. All trials of a generation ask the same train
-items, so that their scores can be compared; what is best there still has to pass the gate on dev.
+Every trial is a call of the tool ``trial``, and before each but the first stands a call of ``suggest``, which says what
+to try. So both are in the log: a crash repeats none of those that are there, and a replay makes none. The first trial
+is of the harness as it is. All trials of a generation ask the same train items, so that their scores can be compared;
+what is best there still has to pass the gate on dev.
+
+Version 1 searched by arithmetic of its own (``search.py``) within the pure step; runs that are pinned to it are decided
+as they were.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
+import asyncio
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
+from bascule.plugins.authors.dimensions import Setting
 from bascule.plugins.authors.parameters import Parameter, parameters, with_values
-from bascule.plugins.authors.search import Setting, settings
+from bascule.plugins.authors.search import settings
+from bascule.plugins.authors.suggesting import (
+    SUGGEST,
+    Point,
+    SuggestRequest,
+    axis_of,
+    need_optuna,
+    point_of,
+    setting_of,
+    suggestion,
+)
+from bascule.plugins.authors.trials import fold, outcome
 from bascule.plugins.policy import (
     TRIAL,
     AuthorInput,
+    Call,
     CallResult,
     CallTool,
     HarnessEdit,
     NoEdit,
+    Performed,
     TrialRequest,
-    TrialResult,
 )
-from bascule.plugins.task import Example
 from bascule.schemas.errors import ConfigError, HarnessError
 from bascule.schemas.events import ToolCalled
 from bascule.schemas.harness import Harness
 
+Version = Literal["1", "2"]
+VERSION: Version = "2"
 PREFIX = "tune-"
 #: How many trials of the first search fill the space before what was learnt leads.
 FILLING = 3
@@ -65,14 +82,14 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     message: str = ""
 
 
-def make(params: dict[str, Any]) -> Tuner:
+def make(params: dict[str, Any], version: Version = VERSION) -> Tuner:
     """Build the author.
 
     Raises:
         ConfigError: a parameter is unknown or out of range.
     """
     try:
-        return Tuner(msgspec.convert(params, Params))
+        return Tuner(msgspec.convert(params, Params), version)
     except msgspec.ValidationError as e:
         raise ConfigError(
             f"The author tuner cannot take these parameters: {e}.", next_step="Correct that value."
@@ -83,10 +100,10 @@ class Tuner:
     """See the module's docstring."""
 
     name = "tuner"
-    version = "1"
 
-    def __init__(self, params: Params) -> None:
+    def __init__(self, params: Params, version: Version) -> None:
         self.params = params
+        self.version: str = version
 
     def step(self, given: AuthorInput, results: Sequence[CallResult]) -> CallTool | HarnessEdit | NoEdit:
         try:
@@ -100,25 +117,38 @@ class Tuner:
             )
         if not given.train:
             return NoEdit(reason="The task has no train items to try a harness on.")
-        present = tuple(p.present for p in tunable)
         again = any(g.edit is not None and g.edit.startswith(PREFIX) and g.outcome == "promoted" for g in given.history)
-        scored = [outcome(result) for result in results]
-        asked = settings(
-            [p.dimension for p in tunable],
-            present,
-            [score for score, _ in scored],
-            seed=_seed(given, self.params),
-            trials=self.params.trials,
-            # Around parameters that were found by a search, what fills the space finds nothing new.
-            first=0 if again else min(FILLING, self.params.trials - 2),
-        )
-        if len(asked) > len(results):
-            return self._trial(given, tunable, asked[-1])
-        trials = [
-            Trial(setting=setting, score=score, message=message)
-            for setting, (score, message) in zip(asked, scored, strict=True)
-        ]
-        return _edit(given, tunable, trials, self._positions(given))
+        # Around parameters that were found by a search, what fills the space finds nothing new.
+        first = 0 if again else min(FILLING, self.params.trials - 2)
+        search = _computed if self.version == "1" else _suggested
+        found = search(tunable, results, seed=_seed(given, self.params), trials=self.params.trials, first=first)
+        if isinstance(found, SuggestRequest):
+            return CallTool(name=SUGGEST, arguments=_plain(found))
+        if isinstance(found, tuple):
+            return self._trial(given, tunable, found)
+        return _edit(given, tunable, found, self._positions(given))
+
+    def ready(self) -> None:
+        """See whether there is Optuna.
+
+        Raises:
+            ModelError: it is not installed.
+        """
+        if self.version != "1":
+            need_optuna()
+
+    async def perform(self, call: Call) -> Performed:
+        """Make the call ``suggest``.
+
+        Raises:
+            ModelError: Optuna is not installed.
+            ConfigError: it is another call.
+        """
+        if not isinstance(call, CallTool) or call.name != SUGGEST:
+            raise ConfigError("The author tuner makes suggestions only.", next_step="Report this as a fault.")
+        request = msgspec.convert(call.arguments, SuggestRequest)
+        point = await asyncio.to_thread(suggestion, request)
+        return Performed(answer={"result": msgspec.json.encode(point).decode()})
 
     def edits_left(self, harness: Harness, tried: Sequence[str]) -> int:
         """One for a harness that declares something, until a search on it came to nothing."""
@@ -136,34 +166,57 @@ class Tuner:
             positions=self._positions(given),
             samples=self.params.samples,
         )
-        return CallTool(name=TRIAL, arguments=msgspec.json.decode(msgspec.json.encode(request)))
+        return CallTool(name=TRIAL, arguments=_plain(request))
 
 
-def outcome(result: CallResult) -> tuple[float | None, str]:
-    """The score of a trial, None for one that failed, and what it ran into."""
-    assert isinstance(result, ToolCalled)
-    if result.result is None:
-        return None, result.error or "the trial gave no result"
-    found = msgspec.json.decode(result.result, type=TrialResult)
-    if all(reward is None for reward in found.rewards) or found.errors >= len(found.rewards):
-        return None, found.message or "no episode was scored"
-    return (found.score if math.isfinite(found.score) else None), found.message
+def _computed(
+    tunable: Sequence[Parameter], results: Sequence[CallResult], *, seed: int, trials: int, first: int
+) -> Setting | list[Trial]:
+    """Version 1: the setting to try next, or all trials if these are all."""
+    scored = [outcome(result) for result in results]
+    space, present = [p.dimension for p in tunable], tuple(p.present for p in tunable)
+    scores = [score for score, _ in scored]
+    asked = settings(space, present, scores, seed=seed, trials=trials, first=first)
+    if len(asked) > len(results):
+        return asked[-1]
+    return [Trial(setting=s, score=score, message=said) for s, (score, said) in zip(asked, scored, strict=True)]
 
 
-def fold(train: Sequence[Example], n: int, *, salt: str) -> tuple[int, ...]:
-    """``n`` positions of train, or all; no two of one group as long as there are others."""
+def _suggested(
+    tunable: Sequence[Parameter], results: Sequence[CallResult], *, seed: int, trials: int, first: int
+) -> SuggestRequest | Setting | list[Trial]:
+    """The suggestion to ask for, or the setting to try next, or all trials if these are all."""
+    space = [p.dimension for p in tunable]
+    present = tuple(p.present for p in tunable)
+    points, found, asked = [point_of(space, present)], [], present
+    for result in results:
+        assert isinstance(result, ToolCalled)
+        if result.name == TRIAL:
+            score, message = outcome(result)
+            found.append(Trial(setting=asked, score=score, message=message))
+            continue
+        point = msgspec.json.decode(result.result or "null", type=Point | None)
+        if point is None:
+            return found
+        points.append(point)
+        asked = setting_of(space, point)
+    if len(found) < len(points):
+        return asked
+    if len(found) == trials:
+        return found
+    return SuggestRequest(
+        space=tuple(axis_of(dimension) for dimension in space),
+        points=tuple(points),
+        scores=tuple(trial.score for trial in found),
+        seed=seed,
+        filling=len(found) <= first,
+    )
 
-    def rank(position: int) -> bytes:
-        return hashlib.sha256(f"{salt}\0{train[position].id}".encode()).digest()
 
-    groups: dict[str, int] = {}
-    rounds = []
-    for position in sorted(range(len(train)), key=rank):
-        group = train[position].group
-        groups[group] = groups.get(group, 0) + 1
-        rounds.append((groups[group], position))
-    rounds.sort(key=lambda pair: pair[0])
-    return tuple(sorted(position for _, position in rounds[:n]))
+def _plain(request: TrialRequest | SuggestRequest) -> dict[str, Any]:
+    """The arguments of a call, as they are recorded."""
+    arguments: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(request))
+    return arguments
 
 
 def _seed(given: AuthorInput, params: Params) -> int:

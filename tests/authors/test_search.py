@@ -1,4 +1,4 @@
-"""The search: a pure function of what trials gave, and better with few of them than chance."""
+"""The search of tuner in version 1: a pure function of what trials gave, and better with few of them than chance."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from bascule.plugins.authors.search import Dimension, Setting, settings
+from bascule.plugins.authors.dimensions import Dimension, Setting
+from bascule.plugins.authors.search import settings
 
 SPACE = (
     Dimension(low=0, high=3, integer=True),

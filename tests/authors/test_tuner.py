@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -11,12 +13,16 @@ import pytest
 
 from bascule.plugins.authors import bascule_register
 from bascule.plugins.authors.parameters import parameters
-from bascule.plugins.authors.tuner import PREFIX, Tuner, fold, make
+from bascule.plugins.authors.search import settings
+from bascule.plugins.authors.suggesting import SUGGEST
+from bascule.plugins.authors.trials import fold
+from bascule.plugins.authors.tuner import PREFIX, Tuner, make
 from bascule.plugins.policy import (
     NO_EDIT,
     TRIAL,
     AuthorInput,
     CallTool,
+    ChecksReady,
     Generation,
     HarnessEdit,
     NoEdit,
@@ -26,7 +32,7 @@ from bascule.plugins.policy import (
 from bascule.plugins.registry import Registry
 from bascule.plugins.task import Example
 from bascule.plugins.tasks.harness_files import literal, manifest_text
-from bascule.schemas.errors import ConfigError
+from bascule.schemas.errors import ConfigError, ModelError
 from bascule.schemas.events import ToolCalled
 from bascule.schemas.harness import Harness, HarnessManifest, Tunable, make_harness
 
@@ -80,6 +86,13 @@ def result(ordinal: int, call: CallTool, said: TrialResult | None, error: str | 
     return ToolCalled(session="s", ordinal=ordinal, name=call.name, arguments=call.arguments, result=text, error=error)
 
 
+def suggested(author: Tuner, ordinal: int, call: CallTool) -> ToolCalled:
+    performed = asyncio.run(author.perform(call))
+    return ToolCalled(
+        session="s", ordinal=ordinal, name=call.name, arguments=call.arguments, result=performed.answer["result"]
+    )
+
+
 def of_score(value: float, n: int = 10) -> TrialResult:
     return TrialResult(score=value, n=n, rewards=(value,) * n)
 
@@ -91,8 +104,11 @@ def tuned(
     results: list[ToolCalled] = []
     requests = []
     while isinstance(call := author.step(given, results), CallTool):
-        assert call.name == TRIAL
         assert call.arguments == json.loads(json.dumps(call.arguments)), "as it is recorded"
+        if call.name == SUGGEST:
+            results.append(suggested(author, len(results), call))
+            continue
+        assert call.name == TRIAL
         request = msgspec.convert(call.arguments, TrialRequest)
         requests.append(request)
         files = {k: v for k, v in {**given.harness.files, **request.files}.items() if v is not None}
@@ -247,15 +263,81 @@ def test_it_is_registered() -> None:
     bascule_register(registry)
     author = registry.authors.get("tuner")({"trials": 3})
     assert isinstance(author, Tuner)
-    assert author.params.trials == 3
+    assert (author.params.trials, author.version) == (3, "2")
+    assert registry.authors.get("tuner", "1")({}).version == "1"
 
 
 def test_a_call_carries_what_the_promoted_harness_has_not() -> None:
     """What is asked stays far below the size of an event, however large the harness."""
     given = make_harness({**WITH_BOTH.files, "table.md": "x" * 60_000})
-    results: Sequence[ToolCalled] = ()
-    for _ in range(3):
-        call = make({}).step(asked(given), results)
+    _, requests = tuned(make({"trials": 3}), asked(given), lambda _: of_score(0.1))
+    assert max(len(msgspec.json.encode(request)) for request in requests) < 2000
+
+
+def recorded(author: Tuner, given: AuthorInput) -> tuple[HarnessEdit | NoEdit, list[ToolCalled]]:
+    """A whole search with the results that are recorded of it."""
+    results: list[ToolCalled] = []
+    while isinstance(call := author.step(given, results), CallTool):
+        if call.name == SUGGEST:
+            results.append(suggested(author, len(results), call))
+            continue
+        files = {**given.harness.files, **{k: v for k, v in call.arguments["files"].items() if v is not None}}
+        results.append(result(len(results), call, of_score(score(files))))
+    assert isinstance(call, HarnessEdit | NoEdit)
+    return call, results
+
+
+def without_optuna(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "optuna"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "optuna", None)
+
+
+def test_what_is_recorded_is_decided_again_without_optuna(monkeypatch: pytest.MonkeyPatch) -> None:
+    edit, results = recorded(make({}), asked())
+    assert [r.name for r in results] == [TRIAL, *[SUGGEST, TRIAL] * 7]
+    without_optuna(monkeypatch)
+    for n, made in enumerate(results):
+        call = make({}).step(asked(), results[:n])
         assert isinstance(call, CallTool)
-        assert len(json.dumps(call.arguments)) < 2000
-        results = (*results, result(len(results), call, of_score(0.1)))
+        assert (call.name, call.arguments) == (made.name, made.arguments)
+    assert make({}).step(asked(), results) == edit
+
+
+def test_a_replay_follows_the_recorded_suggestion_and_not_what_optuna_would_say_now() -> None:
+    _, results = recorded(make({"trials": 3}), asked())
+    other = msgspec.structs.replace(results[1], result="[0.5, 7, 1]")
+    call = make({"trials": 3}).step(asked(), [results[0], other])
+    assert isinstance(call, CallTool)
+    found = literal(call.arguments["files"]["model.py"], "PARAMS")
+    assert found == {"depth": 7, "kind": "fine"}
+
+
+def test_where_optuna_is_missing_it_is_said_before_anything_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    make({}).ready()
+    without_optuna(monkeypatch)
+    author = make({})
+    assert isinstance(author, ChecksReady)
+    with pytest.raises(ModelError, match=r"Optuna.*pip install.*tuner"):
+        author.ready()
+    make({}, "1").ready()
+
+
+def test_a_space_with_nothing_left_ends_the_search() -> None:
+    given = harness("PARAMS = {'a': 1}\nTUNABLE = {'a': {'values': [1, 2, 3]}}\n")
+    edit, requests = tuned(make({}), asked(given), lambda files: of_score(literal(files["model.py"], "PARAMS")["a"]))
+    assert len(requests) == 3
+    assert isinstance(edit, HarnessEdit)
+    assert edit.edit == "tune-1: a 1 to 3"
+
+
+def test_version_1_asks_for_trials_alone_and_searches_as_it_did() -> None:
+    edit, results = recorded(make({}, "1"), asked())
+    assert [r.name for r in results] == [TRIAL] * 8
+    tunable = parameters(WITH_BOTH)
+    scores = [r.score for r in (msgspec.json.decode(r.result or "", type=TrialResult) for r in results)]
+    expected = settings([p.dimension for p in tunable], (1.0, 1, "plain"), scores, seed=1, trials=8, first=3)
+    tried = [{**WITH_BOTH.files, **r.arguments["files"]} for r in results]
+    found = [(json.loads(f["manifest.json"])["params"]["C"], *literal(f["model.py"], "PARAMS").values()) for f in tried]
+    assert found == expected
+    assert isinstance(edit, HarnessEdit)
