@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from bascule.plugins.algorithm import Algorithm, Group, OwnTraining, Trained, TrainWork
 from bascule.schemas.errors import TrainError
+from bascule.schemas.events import AdapterProbe
 from bascule.schemas.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -28,12 +29,14 @@ class Update:
         sha256: over the files.
         state: to continue from.
         metrics: figures that depend on the inputs alone.
+        probe: what an engine that serves the adapter must say of a fixed text.
     """
 
     files: dict[str, bytes]
     sha256: str
     state: bytes
     metrics: dict[str, float]
+    probe: AdapterProbe | None = None
 
 
 class Job(Protocol):
@@ -82,7 +85,8 @@ class _LoopJob:
         self, groups: Sequence[Group], trajectories: Mapping[str, Trajectory], iteration: int, progress: Progress
     ) -> Update:
         metrics = self._job.update(groups, trajectories, iteration, progress)
-        return _update(Trained(self._job.adapter_files(), self._job.checkpoint(), metrics.figures()))
+        done = Trained(self._job.adapter_files(), self._job.checkpoint(), metrics.figures())
+        return _update(done, self._job.probe())
 
 
 class _OwnJob:
@@ -121,15 +125,18 @@ class _OwnJob:
         )
         progress(done.metrics)
         self._adapter, self._state = done.files, done.state
-        return _update(Trained(done.files, _packed(done), done.metrics))
+        from bascule.trainers.probe import probe_files, probe_ids
+
+        probe = probe_files(self._base, done.files, probe_ids(self._base))
+        return _update(Trained(done.files, _packed(done), done.metrics), probe)
 
 
-def _update(done: Trained) -> Update:
+def _update(done: Trained, probe: AdapterProbe) -> Update:
     from bascule.trainers.lora import adapter_hash, check_adapter
 
     check_adapter(done.files)
     metrics = {k: v for k, v in done.metrics.items() if k not in _MEASURED}
-    return Update(done.files, adapter_hash(done.files), done.state, metrics)
+    return Update(done.files, adapter_hash(done.files), done.state, metrics, probe)
 
 
 def _packed(done: Trained) -> bytes:

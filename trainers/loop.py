@@ -18,7 +18,8 @@ import torch
 
 from bascule.plugins.algorithm import Algorithm, Credit, Group
 from bascule.schemas.errors import TrainError
-from bascule.schemas.trajectory import Trajectory
+from bascule.schemas.events import AdapterProbe
+from bascule.schemas.trajectory import Trajectory, unpack_floats
 from bascule.trainers.batch import WITH_RATIO, Unit, check_ids, split, units_of, weighed
 from bascule.trainers.checkpoint import Counters, read_checkpoint, write_checkpoint
 from bascule.trainers.credit import credit_of, figures_of, report_to
@@ -30,6 +31,7 @@ from bascule.trainers.lora import adapter_files, with_adapter
 from bascule.trainers.loss import effective_sample_size
 from bascule.trainers.params import TrainParams, scheduled_rate, train_params
 from bascule.trainers.passes import Packed, Passes, packed
+from bascule.trainers.probe import probe_ids, probe_learner
 from bascule.trainers.step import Objective, check_kl, check_moved, moved_between, step_gradient
 from bascule.trainers.streams import Streams, policy_logprobs, reference_logprobs, streams_of, with_streams
 
@@ -131,6 +133,8 @@ class TrainJob:
         p = self.params
         self._objective = Objective(p, algorithm, dict(params))
         self._passes = Passes(ranks(), p.max_nodes)
+        self._base_folder = base_folder
+        self._base_probe: list[float] | None = None
         self._learner = open_learner(
             base_folder, p, seed, parent_adapter, self._passes.processes, with_critic="values" in algorithm.streams
         )
@@ -164,6 +168,13 @@ class TrainJob:
     def checkpoint(self) -> bytes:
         """The job's whole state."""
         return write_checkpoint(self.model, self._learner.critic, self._optimizer, self._counters)
+
+    def probe(self) -> AdapterProbe:
+        """What an engine that serves the adapter as it stands must say of a fixed text."""
+        ids = probe_ids(self._base_folder)
+        probe = probe_learner(self._learner, self._passes, ids, self._base_probe)
+        self._base_probe = unpack_floats(probe.base)
+        return probe
 
     def restore(self, data: bytes) -> None:
         """Continue from a checkpoint.

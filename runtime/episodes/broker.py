@@ -256,6 +256,7 @@ class _Broker:
                 sampling=sample.sampling,
                 seed=sample.seed,
                 adapter=sample.adapter,
+                usage=None if sampled.prompt_ids else sampled.usage,
             )
         )
         return msgspec.json.encode({"result": [(output.text, output.finish_reason) for output in outputs]})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bascule.plugins.policy import CallModel, CallResult, CallTool, NoEdit, PolicyInput
 from bascule.runtime.episodes.allowed import refusal
-from bascule.runtime.services import calls, proposals
+from bascule.runtime.services import budgets, calls, proposals
 from bascule.runtime.services.calls import author_session, choose, policy_session, write
 from bascule.runtime.services.inputs import policy_input
 from bascule.runtime.state import RunState
@@ -40,9 +40,9 @@ def decide(state: RunState, event: Recorded, world: World) -> list[Draft]:
     data, cause = event.data, event.envelope.id
     match data:
         case CandidatePromoted() | CandidateRejected() | TrainFailed() | AuthorFailed():
-            return _next_generation(state, world, data.generation + 1, cause)
+            return _next_generation(state, world, data.generation + 1, event)
         case ModelCalled() | ToolCalled():
-            return _after_call(state, world, data, cause)
+            return _after_call(state, world, data, event)
         case EvaluationCompleted(purpose="report"):
             return _complete(state, world, cause)
         case AblationRequested():
@@ -51,20 +51,22 @@ def decide(state: RunState, event: Recorded, world: World) -> list[Draft]:
             return []
 
 
-def _after_call(state: RunState, world: World, data: CallResult, cause: str) -> list[Draft]:
+def _after_call(state: RunState, world: World, data: CallResult, event: Recorded) -> list[Draft]:
     """Step on the machine that asked, if its decision is still open."""
     generation = state.open_choice
     if generation is not None and data.session == policy_session(generation):
-        return _next_generation(state, world, generation, cause)
+        return _next_generation(state, world, generation, event)
     generation = state.open_edit
     if generation is not None and data.session == author_session(generation):
-        return _edit(state, world, generation, cause)
+        return _edit(state, world, generation, event.envelope.id)
     return []
 
 
-def _next_generation(state: RunState, world: World, generation: int, cause: str) -> list[Draft]:
+def _next_generation(state: RunState, world: World, generation: int, event: Recorded) -> list[Draft]:
+    cause = event.envelope.id
     given = policy_input(state, world, generation)
-    decision = choose(state, world, generation, given)
+    stopped = budgets.stop(state, event.subject.split(".", 2)[2])
+    decision = stopped if stopped is not None else choose(state, world, generation, given)
     if not isinstance(decision, LeverDecision):
         return []  # a call, which the service makes
     chosen = LeverChosen(
@@ -73,8 +75,8 @@ def _next_generation(state: RunState, world: World, generation: int, cause: str)
         algorithm=decision.algorithm,
         params=plain(decision.params),
         parent=given.best,
-        policy=world.policy.name,
-        policy_version=world.policy.version,
+        policy=world.policy.name if stopped is None else budgets.POLICY,
+        policy_version=world.policy.version if stopped is None else budgets.VERSION,
         reasons=decision.reasons,
         options=decision.options,
         evidence=decision.evidence,
@@ -94,14 +96,17 @@ def _edit(state: RunState, world: World, generation: int, cause: str) -> list[Dr
     parent = state.candidate(best)
     harness = state.harnesses[parent.harness]
     edit = write(state, world, generation)
-    if isinstance(edit, CallModel | CallTool):
-        return []
+    over = budgets.over(state, "harness")
+    if isinstance(edit, CallModel | CallTool) and not over:
+        return []  # a call, which the service makes
     subject = subjects.harness_outcome(state.run, generation)
 
     def failed(reason: str) -> list[Draft]:
         data = AuthorFailed(generation=generation, author=world.author.name, reason=reason)
         return [Draft(subject=subject, step=generation, cause=cause, data=data)]
 
+    if isinstance(edit, CallModel | CallTool):
+        return failed(f"{over}, before the author had an edit")
     if isinstance(edit, NoEdit):
         return failed(edit.reason)
     try:

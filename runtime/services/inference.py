@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bascule.plugins.engine import Engine, EngineInfo, Sampled, SampleRequest
-from bascule.schemas.errors import EngineError
+from bascule.plugins.engine import CAPABILITIES, Engine, EngineInfo, Sampled, SampleRequest, Scoring
+from bascule.runtime.services.adapter_probe import NotServed, probe_served
+from bascule.schemas.errors import ConfigError, EngineError
+from bascule.schemas.events import AdapterProbe, ServedProbe
 from bascule.schemas.run import PluginChoice, RunConfig
 
 if TYPE_CHECKING:
     from bascule.runtime.runner import View
+    from bascule.runtime.world import World
+
+
+#: Capabilities of :class:`EngineInfo` without which no weights can be trained and served, and how messages call them.
+_NEEDED = {"token_ids": "no token ids", "adapters": "no adapters"}
+#: Engines that stand in for a model: they replay a run that trained, or are there to be compared with.
+_STAND_INS = ("cassette", "constant")
 
 
 def engine_params(config: RunConfig, choice: PluginChoice) -> dict[str, Any]:
@@ -20,6 +30,13 @@ def engine_params(config: RunConfig, choice: PluginChoice) -> dict[str, Any]:
     if choice.name == "transformers" and config.threads:
         return {"threads": config.threads, **choice.params}
     return choice.params
+
+
+def _placed(view: View, choice: PluginChoice, params: dict[str, Any]) -> dict[str, Any]:
+    """An engine's parameters with the folder of the run's home where it may keep adapters and a log."""
+    if choice.name != "vllm" or "folder" in params:
+        return params
+    return {"folder": str(view.home.absolute() / "engines" / view.run), **params}
 
 
 def served_name(run: str, adapter: str) -> str:
@@ -30,7 +47,38 @@ def served_name(run: str, adapter: str) -> str:
 def made_engine(view: View, choice: PluginChoice) -> Engine:
     """The engine, which is not started yet."""
     config = view.world.config
-    return view.plugins.registry.engines.get(choice.name)(config.model, engine_params(config, choice))
+    params = _placed(view, choice, engine_params(config, choice))
+    engine = view.plugins.registry.engines.get(choice.name)(config.model, params)
+    if hasattr(engine, "tell"):
+        engine.tell = view.logger.info
+    return engine
+
+
+def check_trainable(world: World, lacking: Collection[str]) -> None:
+    """Refuse a run that is to train with an engine that gives nothing to train from.
+
+    Args:
+        lacking: what the engine can not, in the words of :class:`EngineInfo`'s fields.
+
+    Raises:
+        ConfigError: the levers or the policy's algorithm ask for what the engine lacks.
+    """
+    config = world.config
+    if "weights" not in config.levers or not lacking:
+        return
+    if missing := [what for name, what in _NEEDED.items() if name in lacking]:
+        raise ConfigError(
+            f"The run is to train weights, and the engine {config.engine.name!r} has {', '.join(missing)}.",
+            next_step="Give --levers harness, or use the engine 'transformers' or 'vllm'.",
+        )
+    wanted = config.policy.params.get("algorithm")
+    if isinstance(wanted, str) and world.algorithm(wanted).requires.behaviour_logprobs and "logprobs" in lacking:
+        raise ConfigError(
+            f"The algorithm {wanted} needs the log-probability of every token at the sampling temperature, which the "
+            f"engine {config.engine.name!r} does not give.",
+            next_step="Choose best_of_n or dpo, harness as the only lever, or start vLLM with "
+            "--logprobs-mode processed_logprobs.",
+        )
 
 
 async def start_engine(view: View, engine: Engine, choice: PluginChoice) -> EngineInfo:
@@ -38,9 +86,12 @@ async def start_engine(view: View, engine: Engine, choice: PluginChoice) -> Engi
 
     Raises:
         EngineError: it does not start, or its model is another one than the run started with.
+        ConfigError: the run is to train, and the engine gives nothing to train from.
     """
     config, started = view.world.config, view.state.started
     info = await engine.start()
+    if choice == config.engine and choice.name not in _STAND_INS:
+        check_trainable(view.world, [name for name in CAPABILITIES if not getattr(info, name)])
     if choice == config.engine and started is not None and info.model_digest not in ("", started.model_digest):
         raise EngineError(
             f"The model {config.model!r} is not the one that {view.run} started with "
@@ -51,16 +102,44 @@ async def start_engine(view: View, engine: Engine, choice: PluginChoice) -> Engi
     return info
 
 
-async def load_adapter(view: View, engine: Engine, adapter: str) -> None:
-    """Give an engine an adapter's files; nothing is done for one that the run has forgotten."""
+async def load_adapter(
+    view: View, engine: Engine, adapter: str, others: Mapping[str, AdapterProbe] | None = None
+) -> ServedProbe | None:
+    """Give an engine an adapter's files and see that it serves them; it is unloaded again if it does not, twice.
+
+    Nothing is done for an adapter that the run has forgotten.
+
+    Args:
+        others: what the trainer said of adapters that the engine had before; those of the run are known.
+
+    Returns:
+        How it is served; None where the trainer recorded nothing to compare, or the engine cannot tell.
+
+    Raises:
+        EngineError: the engine does not take it, or serves other weights.
+    """
     found = view.state.adapters.get(adapter)
     if found is None:
-        return
+        return None
+    known = {**(others or {}), **{n: a.probe for n, a in view.state.adapters.items() if a.probe is not None}}
+    known.pop(adapter, None)
+    name = served_name(view.run, adapter)
     with tempfile.TemporaryDirectory(dir=view.home, prefix="adapter-") as folder:
-        for name, ref in found.files.items():
+        for file, ref in found.files.items():
             data = await view.blobs.get(ref)
-            await asyncio.to_thread((Path(folder) / name).write_bytes, data)
-        await engine.load_adapter(served_name(view.run, adapter), Path(folder))
+            await asyncio.to_thread((Path(folder) / file).write_bytes, data)
+        for last in (False, True):
+            await engine.load_adapter(name, Path(folder))
+            if found.probe is None or not isinstance(engine, Scoring):
+                return None
+            try:
+                return await probe_served(engine, await engine.start(), name, found.probe, known)
+            except NotServed as error:
+                await engine.unload_adapter(name)
+                if last:
+                    raise
+                view.logger.warning("adapter.not_served", adapter=adapter, error=str(error))
+    return None
 
 
 class EngineOnDemand:
@@ -88,6 +167,11 @@ class EngineOnDemand:
                 self._engine = made_engine(self._view, choice)
                 self._info = await start_engine(self._view, self._engine, choice)
             return self._info
+
+    @property
+    def device(self) -> str:
+        """What its model computes on; empty while none does."""
+        return self._info.versions.get("device", "") if self._info is not None else ""
 
     async def close(self) -> None:
         engine, self._engine, self._info = self._engine, None, None

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from bascule.plugins.engine import Engine
+from bascule.plugins.perturb import perturbed
 from bascule.runtime.episodes.allowed import refusal
 from bascule.runtime.episodes.batch import Batch, batch_of
 from bascule.runtime.episodes.broker import EpisodeSpec, MakeTools, run_episode
 from bascule.runtime.episodes.pool import HarnessPool
+from bascule.runtime.metering import Meter
 from bascule.runtime.services.inference import load_adapter, made_engine, served_name, start_engine
 from bascule.runtime.services.probing import probed
 from bascule.runtime.state import RunState
@@ -25,8 +27,8 @@ from bascule.schemas import subjects
 from bascule.schemas.codec import INLINE_BYTES
 from bascule.schemas.envelope import Draft, Recorded
 from bascule.schemas.errors import EngineError
-from bascule.schemas.events import RESTRICTED, AdapterServed, EpisodesRequested, TrajectoryLogged
-from bascule.schemas.landscape import Measured
+from bascule.schemas.events import RESTRICTED, AdapterProbe, AdapterServed, EpisodesRequested, TrajectoryLogged
+from bascule.schemas.landscape import WorkMeasured
 from bascule.schemas.run import PluginChoice
 from bascule.schemas.sandbox import SandboxReport
 from bascule.schemas.trajectory import EpisodeError, ModelCall, Trajectory
@@ -102,11 +104,15 @@ class Rollout:
     def __init__(self, episodes: Callable[[World], AbstractAsyncContextManager[Episodes]] = harness_processes) -> None:
         self._episodes = episodes
         self._engines: dict[str, Engine] = {}
+        self._devices: dict[int, str] = {}
+        self._meter: Meter | None = None
         self._loaded: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._batches: dict[str, Batch] = {}
+        self._probes: dict[str, AdapterProbe] = {}  # of superseded adapters too, which the run forgets
 
     async def run(self, view: View) -> None:
         await view.ready()
+        self._meter = Meter(view.clock)
         async with contextlib.AsyncExitStack() as stack:
             episodes = await stack.enter_async_context(self._episodes(view.world))
             stack.push_async_callback(self._close)
@@ -130,7 +136,8 @@ class Rollout:
         if key not in self._engines:
             engine = made_engine(view, choice)
             self._engines[key] = engine
-            await start_engine(view, engine, choice)
+            info = await start_engine(view, engine, choice)
+            self._devices[id(engine)] = info.versions.get("device", "")
         return self._engines[key]
 
     async def _serve_adapter(self, view: View, engine: Engine, adapter: str) -> None:
@@ -149,10 +156,13 @@ class Rollout:
         found = view.state.adapters.get(adapter)
         if found is None:
             return
-        await load_adapter(view, engine, adapter)
+        probe = await load_adapter(view, engine, adapter, self._probes)
+        if found.probe is not None:
+            self._probes[adapter] = found.probe
         await self._unload_superseded(view, engine, adapter)
         if adapter not in view.state.served:
-            served = AdapterServed(adapter=adapter, sha256=found.sha256, engine=view.world.config.engine.name)
+            name = view.world.config.engine.name
+            served = AdapterServed(adapter=adapter, sha256=found.sha256, engine=name, probe=probe)
             subject = subjects.adapter_served(view.run, adapter)
             await view.append(
                 NAME, [Draft(subject=subject, step=int(adapter.split("-", maxsplit=1)[0][1:]), data=served)]
@@ -236,6 +246,9 @@ class Rollout:
         public = view.world.public
         adapter = served_name(view.run, request.adapter) if request.adapter else None
         example = public.split(request.split)[position]
+        if request.perturbed is True:
+            # By the run's seed, so that every candidate is asked in the same words.
+            example = perturbed(view.world.task, example, seed_of(view.world.config.seed, "perturbed", example.id))
         spec = EpisodeSpec(
             trajectory=name,
             harness=harness,
@@ -248,7 +261,10 @@ class Rollout:
         )
         view.logger.info("episode.started", trajectory=name)
         started = view.clock()
-        trajectory = view.redaction.value(await episodes(spec, engine, partial(view.world.task.tools, example)))
+        assert self._meter is not None
+        with self._meter.share() as share:
+            found = await episodes(spec, engine, partial(view.world.task.tools, example))
+        trajectory = view.redaction.value(found)
         if trajectory.error is not None and trajectory.error.kind == "engine":
             # Not the policy's failure, so no trajectory: the service stops, and the episode runs after a resume.
             raise EngineError(f"The engine could not answer {name}: {trajectory.error.message}")
@@ -267,7 +283,9 @@ class Rollout:
             error=trajectory.error,
             prompt_tokens=prompt,
             output_tokens=output,
-            measured=Measured(seconds=view.clock() - started),
+            measured=WorkMeasured(
+                seconds=view.clock() - started, share=share.seconds, device=self._devices.get(id(engine), "")
+            ),
             body=trajectory if inline else None,
             blob=blob,
         )
@@ -276,9 +294,10 @@ class Rollout:
 
 
 def tokens_of(trajectory: Trajectory) -> tuple[int, int]:
-    """Prompt and output tokens of an episode; 4 bytes each."""
+    """Prompt and output tokens of an episode: those whose ids are there, 4 bytes each, and those only counted."""
     calls = [s for s in trajectory.steps if isinstance(s, ModelCall)]
+    counted = [c.usage for c in calls if c.usage is not None]
     return (
-        sum(len(c.prompt_ids) for c in calls) // 4,
-        sum(len(o.token_ids) for c in calls for o in c.outputs) // 4,
+        sum(len(c.prompt_ids) for c in calls) // 4 + sum(prompt for prompt, _ in counted),
+        sum(len(o.token_ids) for c in calls for o in c.outputs) // 4 + sum(output for _, output in counted),
     )

@@ -13,7 +13,7 @@ import msgspec
 
 from bascule.runtime.log.protocol import Fence
 from bascule.runtime.log.telemetry import Line, step_subject
-from bascule.runtime.services import proposals
+from bascule.runtime.services import budgets, proposals
 from bascule.runtime.state import Evaluation, RunState, Training
 from bascule.runtime.training.backend import Backend, TorchBackend
 from bascule.runtime.training.data import data_digest, groups_of, load_trajectories, mean_reward
@@ -44,7 +44,8 @@ def adapter_name(generation: int, iteration: int) -> str:
 
 
 def decide(state: RunState, event: Recorded, world: World) -> list[Draft]:
-    """The episodes of each iteration, and after the last one the adapter as a candidate."""
+    """The episodes of each iteration, and after the last one, or the last that the budget allows, the adapter as a
+    candidate."""
     data, cause = event.data, event.envelope.id
     if isinstance(data, TrainRequested) and data.logged is None:
         return _iteration(state, world, data, 0, data.adapter, cause)
@@ -54,7 +55,7 @@ def decide(state: RunState, event: Recorded, world: World) -> list[Draft]:
     if training is None:
         return []
     request = training.request
-    if data.iteration + 1 < request.iterations:
+    if data.iteration + 1 < request.iterations and not budgets.over(state, "weights"):
         return _iteration(state, world, request, data.iteration + 1, data.adapter, cause)
     published = AdapterPublished(
         generation=data.generation,
@@ -62,7 +63,7 @@ def decide(state: RunState, event: Recorded, world: World) -> list[Draft]:
         files=data.files,
         sha256=data.sha256,
         parent_adapter=request.adapter,
-        iterations=request.iterations,
+        iterations=data.iteration + 1,
     )
     if data.base:  # earlier code recorded no base, and published without these
         published = msgspec.structs.replace(
@@ -154,6 +155,8 @@ class Trainer:
     async def run(self, view: View) -> None:
         async for state in view.changes():
             training = open_training(state)
+            if training is None:
+                self._job = None  # a job that its budget ended has updates left that nobody asks for
             if training is None or training.request.generation in self._lost:
                 continue
             if training.iterations >= training.request.iterations:
@@ -227,6 +230,7 @@ class Trainer:
         begun = view.state.started
         assert begun is not None
         algorithm = view.world.algorithm(request.algorithm)
+        started: float | None = None
         try:
             trajectories = await load_trajectories(view, evaluation)
             with blamed_on(algorithm):
@@ -250,7 +254,7 @@ class Trainer:
         except TrainError as e:
             if e.__cause__ is not None:
                 view.logger.error("update.failed", generation=request.generation, iteration=iteration, exc_info=e)
-            await self._fail(view, training, evaluation, e)
+            await self._fail(view, training, evaluation, e, 0.0 if started is None else view.clock() - started)
             return
         put = view.blobs.put
         files = {n: await put(d, _media_type(n)) for n, d in update.files.items()}
@@ -266,6 +270,7 @@ class Trainer:
             metrics=_finite({"reward": mean_reward(evaluation), **update.metrics}),
             measured=Measured(seconds=view.clock() - started),
             base=begun.model_digest,
+            probe=update.probe,
         )
         superseded = training.last
         await self._record(view, training, evaluation, data)
@@ -280,13 +285,16 @@ class Trainer:
         for ref in {*superseded.files.values(), superseded.state} - kept:
             await view.blobs.discard(ref)
 
-    async def _fail(self, view: View, training: Training, evaluation: Evaluation, error: TrainError) -> None:
+    async def _fail(
+        self, view: View, training: Training, evaluation: Evaluation, error: TrainError, seconds: float = 0.0
+    ) -> None:
         self._job, self._generation = None, -1
         failed = TrainFailed(
             generation=training.request.generation,
             attempt=self._attempt,
             reason=str(error),
             figures=_finite(error.figures),
+            measured=Measured(seconds=seconds),
         )
         await self._record(view, training, evaluation, failed)
 

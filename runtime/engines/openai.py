@@ -1,0 +1,218 @@
+"""The engine ``openai``: any endpoint with ``/chat/completions``, as it is.
+
+What such an endpoint gives besides text is found out by asking once at the start: token ids and log-probabilities where
+it has them, otherwise declared absent. It takes no adapters, so that the harness is the lever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from bascule.plugins.engine import Engine, EngineInfo, Sampled, SampleRequest
+from bascule.runtime.engines.presets import preset_of
+from bascule.runtime.engines.remote import Calls, no_adapters, read_params
+from bascule.runtime.engines.replica import plain
+from bascule.runtime.engines.wire import Wire, read_key
+from bascule.schemas.errors import ConfigError, EngineError
+from bascule.schemas.trajectory import Output, Sampling, pack_floats, pack_ids
+
+_HELLO = "Say yes."
+
+
+class Params(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a configuration may set.
+
+    Attributes:
+        url: of the endpoint, with its ``/v1`` where it has one.
+        model: its name there; by default the run's ``model``.
+        key_env: environment variable that holds the key; empty sends none.
+        concurrency: calls at one time.
+        timeout_s: most seconds of one try.
+        retries: tries after the first.
+        many: whether the endpoint takes ``n`` > 1; otherwise each sample is a call.
+    """
+
+    url: str = "https://api.openai.com/v1"
+    model: str = ""
+    key_env: str = "OPENAI_API_KEY"
+    concurrency: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 32
+    timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 300.0
+    retries: Annotated[int, msgspec.Meta(ge=0, le=20)] = 4
+    many: bool = True
+
+
+class _Place(msgspec.Struct):
+    logprob: float
+
+
+class _Places(msgspec.Struct):
+    content: list[_Place] | None = None
+
+
+class _Message(msgspec.Struct):
+    content: str | None = None
+    refusal: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    index: int = 0
+    message: _Message | None = None
+    text: str | None = None
+    finish_reason: str | None = None
+    logprobs: _Places | None = None
+    token_ids: list[int] | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class _Answer(msgspec.Struct):
+    choices: list[_Choice]
+    usage: _Usage | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class OpenAIEngine:
+    """Satisfies :class:`bascule.plugins.engine.Engine`; see :class:`Params`."""
+
+    cannot = frozenset({"adapters"})
+
+    def __init__(self, model: str, params: Params) -> None:
+        self.model_name = params.model or model
+        self.params = params
+        self.info: EngineInfo | None = None
+        self._wire: Wire | None = None
+        self._calls = Calls(params.concurrency)
+        self._ids = self._logprobs = False
+
+    async def start(self) -> EngineInfo:
+        if self.info is None:
+            p = self.params
+            self._wire = Wire(p.url, key=read_key(p.key_env or None), timeout_s=p.timeout_s, retries=p.retries)
+            self._calls = Calls(p.concurrency)
+            first = await self._capabilities()
+            self._ids = bool(first.prompt_token_ids and all(c.token_ids for c in first.choices))
+            # Without the ids of the tokens nothing can be trained from their log-probabilities.
+            self._logprobs = self._ids and all(c.logprobs and c.logprobs.content for c in first.choices)
+            self.info = EngineInfo(
+                name="openai",
+                model=self.model_name,
+                model_digest="",
+                versions={"endpoint": p.url},
+                token_ids=self._ids,
+                logprobs=self._logprobs,
+                seeds=False,
+                adapters=False,
+            )
+        return self.info
+
+    async def close(self) -> None:
+        self.info = None
+        await self._calls.close()
+        if self._wire is not None:
+            await self._wire.close()
+
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        raise no_adapters("openai", name)
+
+    async def unload_adapter(self, name: str) -> None:
+        del name
+
+    async def sample(self, request: SampleRequest) -> Sampled:
+        if self.info is None:
+            raise EngineError("The engine is not started.", next_step="Await start() first.")
+        if request.adapter is not None:
+            raise no_adapters("openai", request.adapter)
+        if self.params.many and request.sampling.temperature > 0:
+            answers = [await self._calls.run(partial(self._ask, request, request.n, request.seed))]
+        else:
+            seeds = range(request.seed, request.seed + request.n)
+            answers = await asyncio.gather(*(self._calls.run(partial(self._ask, request, 1, seed)) for seed in seeds))
+        outputs = tuple(self._output(c, request.sampling) for a in answers for c in a.choices)
+        if len(outputs) != request.n:
+            raise EngineError(
+                f"{self.params.url} gave {len(outputs)} answers for {request.n}.",
+                next_step="Set engine.params.many to false for an endpoint that takes one at a time.",
+            )
+        usage = [a.usage or _Usage() for a in answers]
+        return Sampled(
+            prompt_ids=tuple(answers[0].prompt_token_ids or ()) if self._ids else (),
+            outputs=outputs,
+            usage=(sum(u.prompt_tokens for u in usage), sum(u.completion_tokens for u in usage)),
+        )
+
+    async def _ask(self, request: SampleRequest, n: int, seed: int) -> _Answer:
+        sampling, chat = request.sampling, not isinstance(request.prompt, str)
+        body: dict[str, Any] = {
+            "n": n,
+            "temperature": sampling.temperature,
+            "seed": seed % 2**31,
+            **({"stop": list(sampling.stop)} if sampling.stop else {}),
+            **({"return_token_ids": True} if self._ids else {}),
+        }
+        if isinstance(request.prompt, str):
+            body["prompt"] = request.prompt
+        else:
+            body["messages"] = plain(request.prompt)
+        # The log-probabilities of /completions have another form, and no endpoint that has ids needs them there.
+        if self._logprobs and chat:
+            body["logprobs"] = True
+        return await self._post("chat/completions" if chat else "completions", body, sampling.max_tokens)
+
+    async def _post(self, path: str, body: dict[str, Any], most: int) -> _Answer:
+        assert self._wire is not None
+        # OpenAI's own newer models have another name for the limit of an answer.
+        own = self.params.url == Params().url and path.startswith("chat")
+        limit = "max_completion_tokens" if own else "max_tokens"
+        url = f"{self.params.url.rstrip('/')}/{path}"
+        found = await self._wire.post(url, {"model": self.model_name, limit: most, **body})
+        try:
+            return msgspec.convert(found, _Answer)
+        except msgspec.ValidationError as error:
+            raise EngineError(
+                f"{url} does not answer as OpenAI's protocol has it: {error}.", next_step="Correct engine.params.url."
+            ) from error
+
+    async def _capabilities(self) -> _Answer:
+        """A first answer, asked for all that an endpoint may give; one that refuses to is asked for less."""
+        body: dict[str, Any] = {"messages": [{"role": "user", "content": _HELLO}]}
+        wishes: tuple[dict[str, Any], ...] = ({"logprobs": True, "return_token_ids": True}, {})
+        for wish in wishes[:-1]:
+            try:
+                return await self._post("chat/completions", {**body, **wish}, 16)
+            except EngineError as error:
+                if " answered 400" not in error.message and " answered 422" not in error.message:
+                    raise
+        return await self._post("chat/completions", body, 16)
+
+    def _output(self, choice: _Choice, sampling: Sampling) -> Output:
+        text = choice.message.content or "" if choice.message is not None else choice.text or ""
+        preset = preset_of(self.model_name)
+        cuts = [at for at in map(text.find, filter(None, sampling.stop)) if at >= 0]
+        ids = choice.token_ids or [] if self._ids else []
+        places = choice.logprobs.content or [] if choice.logprobs and self._logprobs else []
+        return Output(
+            token_ids=pack_ids(ids),
+            logprobs=pack_floats(p.logprob for p in places) if len(places) == len(ids) else b"",
+            text=preset.said(text[: min(cuts)] if cuts else text),
+            finish_reason="length" if choice.finish_reason == "length" else "stop",
+        )
+
+
+def make(model: str, params: dict[str, Any]) -> Engine:
+    """An engine for an endpoint; see :class:`Params`.
+
+    Raises:
+        ConfigError: a parameter is unknown or not usable, or no model is named.
+    """
+    checked = read_params("openai", params, Params)
+    if not (checked.model or model):
+        raise ConfigError("The engine 'openai' is told no model.", next_step="Set engine.params.model.")
+    return OpenAIEngine(model, checked)

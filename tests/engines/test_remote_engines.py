@@ -1,0 +1,171 @@
+"""Engines of models behind endpoints: what they give is recorded, and what they do not is declared."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+pytest.importorskip("openai")
+pytest.importorskip("anthropic")
+
+from bascule.plugins.engine import Engine, Message, SampleRequest
+from bascule.plugins.kit_engine import check_engine
+from bascule.plugins.loader import plugins
+from bascule.runtime.cli.configuration import configure, preflight
+from bascule.runtime.engines import anthropic, openai
+from bascule.runtime.services.rollout import tokens_of
+from bascule.schemas.errors import ConfigError, EngineError, PromptError
+from bascule.schemas.trajectory import ModelCall, Sampling, Trajectory, unpack_floats, unpack_ids
+from tests.models.server import KEY, Fault, Script, Server, completion, in_turn, message, serving, text
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENDPOINT_KEY", KEY)
+
+
+def claude(server: Server, **params: Any) -> Engine:
+    given = {"base_url": server.url, "key_env": "ENDPOINT_KEY", "model": "m", "max_retries": 0, **params}
+    return anthropic.make("local", given)
+
+
+def compatible(server: Server, **params: Any) -> Engine:
+    given = {"url": f"{server.url}/v1", "key_env": "ENDPOINT_KEY", "model": "m", "retries": 0, **params}
+    return openai.make("local", given)
+
+
+def request(*messages: tuple[str, str], n: int = 1, **sampling: Any) -> SampleRequest:
+    prompt = tuple(Message(role, content) for role, content in messages or (("user", "12 + 13?"),))
+    return SampleRequest(
+        trajectory="g00-dev-0000-s0", call=0, prompt=prompt, n=n, sampling=Sampling(**sampling), seed=5
+    )
+
+
+def echo(asked: dict[str, Any], _: int) -> dict[str, Any]:
+    """As many answers as are asked for, each with the question."""
+    many = completion(f"{asked['messages'][-1]['content']} is 25. Done.")
+    many["choices"] = [{**many["choices"][0], "index": i} for i in range(asked.get("n", 1))]
+    return many
+
+
+async def test_a_model_behind_the_messages_api_answers_and_its_tokens_are_counted() -> None:
+    script: Script = in_turn(message(text("12 + 13 = 25. Done."), cache_read_input_tokens=7))
+    with serving(script) as server:
+        engine = claude(server)
+        info = await engine.start()
+        assert [info.token_ids, info.logprobs, info.seeds, info.adapters] == [False] * 4
+        asked = request(("system", "Be short."), ("user", "12 + 13?"), n=2, stop=(" Done", " "), max_tokens=9)
+        sampled = await engine.sample(asked)
+        await engine.close()
+    assert [o.text for o in sampled.outputs] == ["12"] * 2  # the blank is looked for here: the API takes none
+    assert sampled.usage == (2 * 107, 2 * 20)
+    sent = server.requests[0]
+    assert (sent["max_tokens"], sent["stop_sequences"]) == (9, [" Done"])
+    assert "Be short." in str(sent["system"])
+    assert "temperature" not in sent
+    call = ModelCall(
+        kind="chat", asked="", prompt_ids=b"", outputs=sampled.outputs, sampling=asked.sampling, usage=sampled.usage
+    )
+    assert tokens_of(Trajectory(steps=(call,))) == (214, 40)
+
+
+async def test_failures_of_the_messages_api_are_engine_errors_without_the_key() -> None:
+    faults = in_turn(Fault(529, "overloaded"), Fault(404, "model: m"), message(text("x"), stop_reason="max_tokens"))
+    with serving(faults) as server:
+        engine = claude(server)
+        await engine.start()
+        for words in ("529", "knows no model"):
+            with pytest.raises(EngineError, match=words) as caught:
+                await engine.sample(request())
+            assert caught.value.next_step
+            assert KEY not in str(caught.value)
+        (output,) = (await engine.sample(request())).outputs
+        assert output.finish_reason == "length"
+        with pytest.raises(PromptError, match="role 'tool'"):
+            await engine.sample(request(("tool", "x")))
+        with pytest.raises(EngineError, match="takes no adapters"):
+            await engine.sample(SampleRequest(**{**_fields(request()), "adapter": "v1"}))
+        await engine.close()
+
+
+def _fields(asked: SampleRequest) -> dict[str, Any]:
+    return {name: getattr(asked, name) for name in asked.__struct_fields__}
+
+
+async def test_closing_ends_calls_that_an_endpoint_does_not_answer() -> None:
+    with serving(lambda _, __: Fault(hang=True)) as server:
+        engine = claude(server)
+        await engine.start()
+        waiting = asyncio.create_task(engine.sample(request()))
+        await asyncio.to_thread(server.wait_for, 1)
+        await engine.close()
+        with pytest.raises(EngineError, match="closed"):
+            await waiting
+
+
+async def test_an_endpoint_without_ids_declares_none_and_many_samples_are_one_call() -> None:
+    with serving(echo) as server:
+        engine = compatible(server)
+        info = await engine.start()
+        assert [info.token_ids, info.logprobs, info.adapters] == [False] * 3
+        sampled = await engine.sample(request(n=3, stop=("Done",)))
+        assert [o.text for o in sampled.outputs] == ["12 + 13? is 25. "] * 3
+        assert sampled.usage == (120, 7)
+        assert server.requests[-1]["n"] == 3
+        single = compatible(server, many=False)
+        await single.start()
+        before = len(server.requests)
+        assert len((await single.sample(request(n=3))).outputs) == 3
+        assert [r["n"] for r in server.requests[before:]] == [1, 1, 1]
+        assert len({r["seed"] for r in server.requests[before:]}) == 3
+        await engine.close()
+        await single.close()
+
+
+async def test_ids_and_logprobs_are_recorded_where_the_endpoint_gives_them() -> None:
+    def script(asked: dict[str, Any], _: int) -> dict[str, Any]:
+        answer = completion("yes")
+        if asked.get("return_token_ids"):
+            answer["prompt_token_ids"] = [1, 2, 3]
+            answer["choices"][0] |= {"token_ids": [7, 8], "logprobs": {"content": [{"logprob": -0.5}, {"logprob": -1}]}}
+        return answer
+
+    with serving(script) as server:
+        engine = compatible(server)
+        info = await engine.start()
+        assert info.token_ids
+        assert info.logprobs
+        sampled = await engine.sample(request())
+        await engine.close()
+    assert sampled.prompt_ids == (1, 2, 3)
+    (output,) = sampled.outputs
+    assert unpack_ids(output.token_ids) == [7, 8]
+    assert unpack_floats(output.logprobs) == [-0.5, -1.0]
+
+
+async def test_an_endpoint_that_refuses_what_it_does_not_know_is_asked_without() -> None:
+    def script(asked: dict[str, Any], _: int) -> dict[str, Any] | Fault:
+        return Fault(400, "Unknown parameter: return_token_ids") if "return_token_ids" in asked else completion("yes")
+
+    with serving(script) as server:
+        engine = compatible(server)
+        assert not (await engine.start()).token_ids
+        await engine.close()
+        assert ["return_token_ids" in r for r in server.requests] == [True, False]
+
+
+async def test_the_engine_anthropic_keeps_what_the_kit_asks_of_every_engine() -> None:
+    with serving(in_turn(message(text("A bascule has two arms.")))) as server:
+        checks = [c async for c in check_engine(claude(server))]
+    assert {c.name: c.found for c in checks if c.outcome == "broken"} == {}
+
+
+@pytest.mark.parametrize("name", ["openai", "anthropic"])
+def test_a_run_that_is_to_train_is_refused_before_it_starts(name: str) -> None:
+    given = {"task": {"name": "arith"}, "engine": {"name": name, "params": {"model": "m"}}}
+    with pytest.raises(ConfigError, match="no adapters") as caught:
+        preflight(configure({**given, "levers": ["harness", "weights"]}, [], plugins()), plugins())
+    assert "--levers harness" in str(caught.value)
+    assert preflight(configure({**given, "levers": ["harness"]}, [], plugins()), plugins())

@@ -1,0 +1,343 @@
+"""The client of vLLM: exact tokens, adapters on every replica, and errors that say what to do."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("openai")
+
+import torch
+
+from bascule.plugins.engine import SampleRequest
+from bascule.plugins.kit_engine import Conditions, check_engine
+from bascule.runtime.engines import vllm
+from bascule.runtime.engines.transformers import TransformersEngine
+from bascule.runtime.engines.transformers import make as embedded
+from bascule.runtime.engines.vllm_server import find_python
+from bascule.runtime.services.adapter_probe import NotServed, probe_served
+from bascule.schemas.errors import ConfigError, EngineError, PromptError
+from bascule.schemas.trajectory import Sampling, unpack_floats, unpack_ids
+from bascule.trainers.base_model import load_model
+from bascule.trainers.lora import adapter_files, attach_lora
+from bascule.trainers.params import TrainParams
+from bascule.trainers.probe import probe_files, probe_ids
+from tests.engines.vllm_protocol import KEY, Refusal, VllmProtocol
+from tests.tiny_model import make_tiny_model
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(autouse=True)
+def _surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("BASCULE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PROTOCOL_KEY", KEY)
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two versions of one adapter, a training step apart."""
+    found = {}
+    for name, scale in (("v1", 1.0), ("v2", 1.1)):
+        model = attach_lora(load_model(base), TrainParams(lora_r=4, lora_alpha=8.0), 0)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "lora_" in key:
+                    parameter.normal_(std=0.1, generator=generator).mul_(scale if "lora_B" in key else 1.0)
+        found[name] = tmp_path_factory.mktemp(name)
+        for file, data in adapter_files(model).items():
+            (found[name] / file).write_bytes(data)
+    return found
+
+
+@pytest.fixture
+async def behind(base: Path) -> AsyncIterator[TransformersEngine]:
+    engine = embedded(str(base), {"threads": 1})
+    assert isinstance(engine, TransformersEngine)
+    await engine.start()
+    yield engine
+    await engine.close()
+
+
+@pytest.fixture
+async def servers(behind: TransformersEngine) -> AsyncIterator[list[VllmProtocol]]:
+    found = [VllmProtocol(behind) for _ in range(2)]
+    for server in found:
+        await server.start()
+    yield found
+    for server in found:
+        await server.close()
+
+
+def client(base: Path, tmp_path: Path, *servers: VllmProtocol, **params: Any) -> vllm.VllmEngine:
+    urls = [server.url for server in servers]
+    given = {"urls": urls, "key_env": "PROTOCOL_KEY", "folder": str(tmp_path / "shared"), "retries": 0, **params}
+    engine = vllm.make(str(base), given)
+    assert isinstance(engine, vllm.VllmEngine)
+    return engine
+
+
+def request(text: str = "12 + 13 =", *, adapter: str | None = None, n: int = 1, **sampling: Any) -> SampleRequest:
+    sampling.setdefault("max_tokens", 6)
+    return SampleRequest(
+        trajectory="g00-dev-0000-s0", call=0, prompt=text, n=n, sampling=Sampling(**sampling), seed=3, adapter=adapter
+    )
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+async def test_it_keeps_what_the_kit_asks_of_every_engine(
+    base: Path, tmp_path: Path, servers: list[VllmProtocol], adapters: dict[str, Path]
+) -> None:
+    from peft import PeftModel
+
+    @cache
+    def model(adapter: str | None) -> Any:
+        plain = load_model(base)
+        return plain if adapter is None else PeftModel.from_pretrained(plain, adapters[adapter]).eval()
+
+    @torch.inference_mode()
+    def oracle(prompt: Sequence[int], ids: Sequence[int], temperature: float, adapter: str | None) -> list[float]:
+        logits = model(adapter)(input_ids=torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+        return (logits.double() / temperature).log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
+
+    given = Conditions(oracle=oracle, tolerance=1e-4, adapters=adapters, context=256, ends=frozenset([2]))
+    checks = [c async for c in check_engine(client(base, tmp_path, *servers), given)]
+    assert {c.name: c.found for c in checks if c.outcome != "held"} == {}
+    assert all(server.asked for server in servers)
+
+
+async def test_raw_logprobs_are_found_out_at_the_start_and_none_is_recorded(
+    base: Path, tmp_path: Path, servers: list[VllmProtocol]
+) -> None:
+    servers[1].raw = True
+    engine = client(base, tmp_path, *servers)
+    info = await engine.start()
+    assert (info.logprobs, info.token_ids, info.versions["logprobs"]) == (False, True, "raw")
+    (output,) = (await engine.sample(request(temperature=0.7))).outputs
+    assert output.logprobs == b""
+    assert unpack_ids(output.token_ids)
+    await engine.close()
+
+
+async def test_an_adapter_is_on_every_replica_or_on_none(
+    base: Path, tmp_path: Path, servers: list[VllmProtocol], adapters: dict[str, Path]
+) -> None:
+    engine = client(base, tmp_path, *servers)
+    await engine.start()
+    servers[1].refuse_load = True
+    with pytest.raises(EngineError, match=r"'v1' was not loaded.*No room"):
+        await engine.load_adapter("v1", adapters["v1"])
+    assert [server.served for server in servers] == [{}, {}]
+    assert not list((tmp_path / "shared" / "adapters").iterdir())
+    servers[1].refuse_load = False
+    await engine.load_adapter("v1", adapters["v1"])
+    assert servers[0].served == servers[1].served
+    folder = Path(servers[0].served["v1"])
+    assert folder.is_absolute()
+    assert files(folder) == files(adapters["v1"])
+    await engine.close()
+
+
+async def test_another_process_finds_what_is_loaded_and_replaces_what_is_other(
+    base: Path, tmp_path: Path, servers: list[VllmProtocol], adapters: dict[str, Path]
+) -> None:
+    first, second = client(base, tmp_path, *servers), client(base, tmp_path, *servers)
+    for engine in (first, second):
+        await engine.start()
+        await engine.load_adapter("v1", adapters["v1"])
+    assert await second.sample(request(adapter="v1"))
+    await first.close()  # it lets go; the other still has it
+    assert await second.sample(request(adapter="v1"))
+    await second.close()
+    third = client(base, tmp_path, *servers)
+    await third.start()
+    await third.load_adapter("v1", adapters["v2"])
+    assert files(Path(servers[0].served["v1"])) == files(adapters["v2"])
+    await third.close()
+
+
+async def test_under_load_every_answer_is_of_its_own_adapter_while_another_comes_and_one_goes(
+    base: Path, tmp_path: Path, servers: list[VllmProtocol], adapters: dict[str, Path]
+) -> None:
+    from peft import PeftModel
+
+    engine = client(base, tmp_path, *servers)
+    await engine.start()
+    await engine.load_adapter("v1", adapters["v1"])
+    for server in servers:
+        server.held.clear()
+    early = [asyncio.create_task(engine.sample(request(f"{i} + 1 =", adapter="v1", n=2))) for i in range(12)]
+    async with asyncio.timeout(60):
+        while sum(server.open for server in servers) < 12:
+            await asyncio.sleep(0.01)
+    await engine.load_adapter("v2", adapters["v2"])
+    late = [asyncio.create_task(engine.sample(request(f"{i} + 1 =", adapter="v2", n=2))) for i in range(12)]
+    await engine.unload_adapter("v1")  # those of it that are open are answered first
+    with pytest.raises(EngineError, match="'v1', which is not loaded"):
+        await engine.sample(request(adapter="v1"))
+    assert all("v1" in server.served for server in servers)
+    for server in servers:
+        server.held.set()
+    answers = {"v1": await asyncio.gather(*early), "v2": await asyncio.gather(*late)}
+    models = {name: PeftModel.from_pretrained(load_model(base), adapters[name]).eval() for name in adapters}
+    for name, sampled in answers.items():
+        for one in sampled:
+            for output in one.outputs:
+                ids = unpack_ids(output.token_ids)
+                for who, model in models.items():
+                    with torch.inference_mode():
+                        logits = model(input_ids=torch.tensor([[*one.prompt_ids, *ids]])).logits[0]
+                    places = logits[len(one.prompt_ids) - 1 : -1].log_softmax(-1)
+                    found = places.gather(1, torch.tensor(ids)[:, None])[:, 0]
+                    off = float((found - torch.tensor(unpack_floats(output.logprobs))).abs().max())
+                    assert (off < 1e-4) == (who == name), (name, who, off)
+    async with asyncio.timeout(60):
+        while any("v1" in server.served for server in servers):
+            await asyncio.sleep(0.01)
+    await engine.close()
+
+
+async def test_a_stale_adapter_under_a_new_name_is_caught_on_the_replica_that_has_it(
+    base: Path, tmp_path: Path, servers: list[VllmProtocol], adapters: dict[str, Path]
+) -> None:
+    ids = probe_ids(base)
+    probes = {name: probe_files(base, files(folder), ids) for name, folder in adapters.items()}
+    engine = client(base, tmp_path, *servers, dtype="float32")
+    info = await engine.start()
+    await engine.load_adapter("v1", adapters["v1"])
+    served = await probe_served(engine, info, "v1", probes["v1"], {})
+    assert served.replicas == 2
+    assert served.largest < served.bound < served.from_base
+    servers[1].stale["v2"] = str(adapters["v1"])
+    await engine.load_adapter("v2", adapters["v2"])
+    with pytest.raises(NotServed, match=r"'v2' is not served.*replica 2 of 2.*nearer to those of the adapter 'v1'"):
+        await probe_served(engine, info, "v2", probes["v2"], {"v1": probes["v1"]})
+    await engine.close()
+
+
+async def test_a_cancelled_call_ends_on_the_server(base: Path, tmp_path: Path, servers: list[VllmProtocol]) -> None:
+    server = servers[0]
+    engine = client(base, tmp_path, server)
+    await engine.start()
+    server.held.clear()
+    call = asyncio.create_task(engine.sample(request()))
+    async with asyncio.timeout(60):
+        while not server.open:
+            await asyncio.sleep(0.01)
+        call.cancel()
+        while not server.cut:
+            await asyncio.sleep(0.01)
+    assert server.open == 0
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    waiting = asyncio.create_task(engine.sample(request()))
+    async with asyncio.timeout(60):
+        while not server.open:
+            await asyncio.sleep(0.01)
+    await engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        await waiting
+
+
+async def test_errors_of_the_server_are_one_paragraph_with_a_next_step(
+    base: Path, tmp_path: Path, servers: list[VllmProtocol], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = servers[0]
+    engine = client(base, tmp_path, server)
+    await engine.start()
+    server.fail = Refusal(500, "the engine core has died")
+    with pytest.raises(EngineError, match=r"answered 500: the engine core has died\.") as caught:
+        await engine.sample(request())
+    assert caught.value.next_step
+    server.fail = Refusal(400, "This model's maximum context length is 256 tokens.")
+    with pytest.raises(PromptError, match="maximum context length"):
+        await engine.sample(request())
+    await engine.close()
+    monkeypatch.setenv("PROTOCOL_KEY", "sk-another")
+    with pytest.raises(EngineError, match="401") as caught:
+        await client(base, tmp_path, server).start()
+    assert "sk-another" not in str(caught.value)
+    monkeypatch.delenv("PROTOCOL_KEY")
+    with pytest.raises(EngineError, match="PROTOCOL_KEY"):
+        await client(base, tmp_path, server).start()
+
+
+async def test_a_server_that_ends_at_its_start_says_why(base: Path, tmp_path: Path) -> None:
+    python = tmp_path / "env" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\necho 'ValueError: no such device' >&2\nexit 3\n")
+    python.chmod(0o755)
+    given = {"environment": str(tmp_path / "env"), "folder": str(tmp_path / "home"), "start_s": 120}
+    with pytest.raises(EngineError, match=r"ended by itself.*vllm\.log:\n(.*\n)*ValueError: no such device"):
+        await vllm.make(str(base), given).start()
+
+
+async def test_a_server_and_what_it_starts_end_with_the_engine(base: Path, tmp_path: Path) -> None:
+    python, child = tmp_path / "env" / "bin" / "python", tmp_path / "child"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\nsleep 1000 &\necho $! > {child}.new && mv {child}.new {child}\nwait\n")
+    python.chmod(0o755)
+    given = {"environment": str(tmp_path / "env"), "folder": str(tmp_path / "home")}
+    starting = asyncio.create_task(vllm.make(str(base), given).start())
+    async with asyncio.timeout(120):
+        while not child.exists():
+            await asyncio.sleep(0.05)
+    pid = int(child.read_text())
+    starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)
+    async with asyncio.timeout(60):
+        while _runs(pid):
+            await asyncio.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"typo": 1}, "typo"),
+        ({"max_lora_rank": 24}, "max_lora_rank is 24"),
+        ({"mode": "inside", "url": "http://127.0.0.1:1"}, "inside"),
+    ],
+)
+def test_parameters_that_cannot_be_are_refused(params: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        vllm.make("x", params)
+    assert caught.value.next_step
+
+
+def test_where_vllm_is_looked_for_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("BASCULE_VLLM", str(tmp_path))
+    with pytest.raises(ConfigError, match="no Python environment") as caught:
+        find_python()
+    assert "make vllm-env" in str(caught.value)
+    (tmp_path / "bin").mkdir()
+    os.symlink(sys.executable, tmp_path / "bin" / "python")
+    assert find_python() == str(tmp_path / "bin" / "python")
+
+
+def test_importing_the_engine_imports_no_model_library() -> None:
+    import subprocess
+
+    code = "import sys, bascule.runtime.engines.vllm; print([m for m in ('torch', 'openai') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
