@@ -15,7 +15,7 @@ import msgspec
 from bascule.plugins.algorithm import Algorithm
 from bascule.plugins.loader import Plugins, code_hash
 from bascule.plugins.policy import AlgorithmInfo, Author, Policy
-from bascule.plugins.task import PublicFace, Task
+from bascule.plugins.task import PublicFace, Ranks, Task
 from bascule.runtime.redaction import Redaction
 from bascule.runtime.restricted import withholding
 from bascule.schemas.codec import canonical
@@ -60,6 +60,11 @@ class World:
         return self.task.public()
 
     @cached_property
+    def ordinal(self) -> bool:
+        """Whether the task says that its rewards are ranks."""
+        return isinstance(self.task, Ranks) and self.task.ordinal
+
+    @cached_property
     def redaction(self) -> Redaction:
         """What keeps secrets out of what the run records."""
         return Redaction.of(self.plugins.registry)
@@ -77,7 +82,7 @@ class World:
     @cached_property
     def author(self) -> Author:
         choice = self.config.author
-        return self.plugins.registry.authors.get(choice.name)(choice.params)
+        return self.plugins.registry.authors.get(choice.name, self._version("author", choice.name))(choice.params)
 
     def algorithm(self, name: str) -> Algorithm:
         """An algorithm, in the version that the run is pinned to where that is kept.
@@ -121,6 +126,7 @@ class World:
             "train": 0,
             "dev": self.config.evaluation.dev_examples,
             "sealed": self.config.evaluation.sealed_examples,
+            "regression": self.config.evaluation.regression,
         }
         n = len(self.public.split(split))
         return range(min(n, limits[split]) if limits[split] else n)
@@ -135,6 +141,8 @@ class World:
             ("engine", c.engine.name),
         ]
         wanted += [("algorithm", a.name) for a in self.algorithms]
+        if c.second is not None:
+            wanted.append(("verifier", c.second.name))
         provided = sorted(p for plugin in self.plugins.loaded for p in plugin.provides)
         wanted += [("redactor", p.partition(":")[2]) for p in provided if p.startswith("redactor:")]
         bascule = PluginPin(

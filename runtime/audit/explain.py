@@ -8,10 +8,11 @@ from typing import Any
 import msgspec
 
 from bascule.plugins.policy import Generation
+from bascule.runtime.audit.cost import BudgetRow, budget_rows
 from bascule.runtime.state import RunState
 from bascule.schemas.envelope import Recorded, Unknown
 from bascule.schemas.errors import NotFound
-from bascule.schemas.events import LeverChosen
+from bascule.schemas.events import EvaluationCompleted, LeverChosen
 
 
 class Cause(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,6 +29,8 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         data: what the event records.
         chosen: the same, if the event is a choice of lever; ``outcome`` is then what came of it, None while open.
+        seen: for a choice, the completed evaluation over train whose landscape it was made on.
+        budget: what was spent and left of each bound of the run then.
         causes: from the event's direct cause back to the run's start.
         producer: service, version and code hash that wrote it; ``versions`` are the plugins that the run was pinned to
             when it was written, as ``kind name version (hash)``.
@@ -45,6 +48,8 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     causes: tuple[Cause, ...]
     producer: str
     versions: tuple[str, ...]
+    budget: tuple[BudgetRow, ...] = ()
+    seen: EvaluationCompleted | None = None
 
 
 class _Known(msgspec.Struct, frozen=True):
@@ -69,6 +74,7 @@ class Explainer:
         self._known: dict[str, _Known] = {}
         self._found: Recorded | None = None
         self._versions: tuple[str, ...] = ()
+        self._budget: tuple[BudgetRow, ...] = ()
         self._steps: list[int] = []
 
     def add(self, event: Recorded) -> None:
@@ -81,6 +87,7 @@ class Explainer:
         if self._wanted(event):
             self._found = event
             started = self._state.started
+            self._budget = budget_rows(self._state) if started else ()
             self._versions = tuple(
                 f"{p.kind} {p.name} {p.version} ({p.hash[:12]})" for p in (started.plugins if started else ())
             )
@@ -123,7 +130,13 @@ class Explainer:
             causes=tuple(self._causes(envelope.causationid)),
             producer=f"{producer.service} {producer.version} ({producer.hash})",
             versions=self._versions,
+            budget=self._budget,
+            seen=self._seen(chosen) if chosen else None,
         )
+
+    def _seen(self, chosen: LeverChosen) -> EvaluationCompleted | None:
+        train = self._state.evaluations.get(f"g{chosen.parent:02d}-train")
+        return train.completed if train else None
 
     def _causes(self, cause: str | None) -> Iterable[Cause]:
         while cause is not None and cause in self._known:

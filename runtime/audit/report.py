@@ -8,18 +8,26 @@ from pathlib import Path
 
 import msgspec
 
+from bascule.runtime.audit.cost import BudgetRow, budget_rows
 from bascule.runtime.state import RunState
 from bascule.schemas import events as ev
 from bascule.schemas.codec import DecisionHash
 from bascule.schemas.decision import Lever
 from bascule.schemas.envelope import Recorded
-from bascule.schemas.landscape import Interval
+from bascule.schemas.landscape import Interval, RewardLandscape, Spread
 from bascule.schemas.run import task_label
 from bascule.schemas.trajectory import Unscored
+from bascule.verifiers.gate import reported_score
 
 
 class GenerationRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of the closing table; scores are fractions, tokens include prompts, seconds are wall-clock."""
+    """One line of the closing table; scores are fractions, tokens include prompts, seconds are wall-clock.
+
+    Attributes:
+        landscape: over train; ``rollout`` is what one of its episodes took, in seconds.
+        dev: as measured; ``reported`` is what the gate's guard lets the run say of it after this generation.
+        why: the gate's verdict in words.
+    """
 
     generation: int
     lever: Lever | None
@@ -37,6 +45,22 @@ class GenerationRow(msgspec.Struct, frozen=True, kw_only=True):
     outcome: str
     tokens: int
     seconds: float
+    landscape: RewardLandscape | None = None
+    rollout: Spread | None = None
+    reported: float | None = None
+    why: str = ""
+
+
+class Gaps(msgspec.Struct, frozen=True, kw_only=True):
+    """How much better the best candidate does on what the levers saw than on what they did not; high is overfitting.
+
+    Attributes:
+        train_dev: score on train (sampled) minus the reported one on dev (greedy).
+        dev_sealed: the reported score on dev minus that on sealed; None before the end.
+    """
+
+    train_dev: float | None
+    dev_sealed: float | None
 
 
 class BaselineRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,6 +99,7 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
         unsafe: harnesses and candidates ran without a sandbox: no score of this run can be trusted.
         sandbox: what confined them, by service.
         unscored: trajectories without a verdict.
+        budget: what is spent and left of each bound that the run has.
         looks: how many times the sealed split of this task has been looked at in this log, this run included.
         notes: what is to be said about the task's own scoring, a sentence each.
     """
@@ -105,6 +130,8 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     unscored: int = 0
     looks: int = 0
     notes: tuple[str, ...] = ()
+    budget: tuple[BudgetRow, ...] = ()
+    gaps: Gaps | None = None
 
 
 #: A generation lasts from its lever (or the run's start) to its gate or failure.
@@ -187,6 +214,8 @@ class Reporter:
         """The report of what was taken so far."""
         state = self.state
         config = state.config
+        rows = self._rows()
+        sealed = state.end.sealed if isinstance(state.end, ev.RunCompleted) else None
         return RunReport(
             run=state.run,
             status=state.status,
@@ -196,9 +225,9 @@ class Reporter:
             levers=config.levers,
             arm=ARMS.get(tuple(sorted(config.levers)), " and ".join(config.levers)),
             seed=config.seed,
-            generations=self._rows(),
+            generations=rows,
             best=state.best,
-            sealed=state.end.sealed if isinstance(state.end, ev.RunCompleted) else None,
+            sealed=sealed,
             baselines=tuple(baselines),
             reason=_reason(state),
             tokens=sum(self._tokens.values()) + self._sealed_tokens,
@@ -209,6 +238,8 @@ class Reporter:
             unsafe=config.sandbox.unsafe or any(row.kind == "unsafe" for row in self._sandbox.values()),
             sandbox=tuple(self._sandbox.values()),
             unscored=self._unscored,
+            budget=budget_rows(state),
+            gaps=_gaps(next((row for row in rows if row.generation == state.best), None), sealed),
         )
 
     def _rows(self) -> tuple[GenerationRow, ...]:
@@ -218,6 +249,7 @@ class Reporter:
             if step.lever is not None and step.lever.lever == "stop":
                 continue
             known = history.get(number)
+            train = self.state.evaluations.get(f"g{number:02d}-train")
             figures = known.gate if known else None
             rows.append(
                 GenerationRow(
@@ -235,11 +267,24 @@ class Reporter:
                     p=figures.p if figures else None,
                     promoted=known is not None and known.outcome == "promoted",
                     outcome=known.outcome if known else "open",
+                    reported=reported_score(figures) if figures else None,
+                    why=figures.reason if figures and isinstance(figures.reason, str) else "",
                     tokens=self._tokens.get(number, 0),
                     seconds=_seconds(self._loops.get(number)),
+                    landscape=known.train if known else None,
+                    rollout=train.completed.measured.rollout if known and train and train.completed else None,
                 )
             )
         return tuple(rows)
+
+
+def _gaps(best: GenerationRow | None, sealed: ev.SealedReport | None) -> Gaps | None:
+    if best is None or best.reported is None:
+        return None
+    return Gaps(
+        train_dev=None if best.train is None else best.train - best.reported,
+        dev_sealed=None if sealed is None else best.reported - sealed.after,
+    )
 
 
 def report(events: Iterable[Recorded], baselines: Iterable[BaselineRow] = ()) -> RunReport:

@@ -13,13 +13,14 @@ from typing import Any
 import msgspec
 
 from bascule.plugins.loader import Plugins
-from bascule.plugins.policy import TRIAL, CallModel, CallTool
+from bascule.plugins.policy import READ, TRIAL
 from bascule.runtime.blob_care import refs_of
 from bascule.runtime.log.chain import Chain
 from bascule.runtime.log.protocol import NewEvent
 from bascule.runtime.redaction import Redaction
 from bascule.runtime.services.calls import pending
 from bascule.runtime.services.decisions import DECIDE
+from bascule.runtime.services.recording import asks_the_same
 from bascule.runtime.services.trainer import next_evaluation, open_training
 from bascule.runtime.state import RunState
 from bascule.runtime.world import World, world_of
@@ -127,7 +128,7 @@ def _choice(events: Sequence[Recorded], step: int) -> tuple[ev.LeverChosen, Reco
 
 def _check(old: RunConfig, new: RunConfig) -> None:
     """Everything recorded before the fork was drawn, asked and answered under these."""
-    for field in ("task", "model", "engine", "seed", "evaluation", "shard_size"):
+    for field in ("task", "model", "engine", "seed", "evaluation", "shard_size", "harness"):
         if getattr(old, field) != getattr(new, field):
             raise ConfigError(
                 f"A what-if keeps the run's {field}: the log's episodes were made under it.",
@@ -214,14 +215,8 @@ class _Forker:
         match event.data:
             case ev.AdapterServed(adapter=adapter, sha256=sha256):
                 return adapter in self.state.adapters and self.state.adapters[adapter].sha256 == sha256
-            case ev.ModelCalled(session=session, ordinal=ordinal, request=asked):
-                wanted = pending(self.state, self.world)
-                return wanted is not None and wanted[:2] == (session, ordinal) and asked == self._request(wanted[2])
-            case ev.ToolCalled(session=session, ordinal=ordinal, arguments=asked):
-                wanted = pending(self.state, self.world)
-                if wanted is None or wanted[:2] != (session, ordinal) or asked != self._request(wanted[2]):
-                    return False
-                return event.data.name != TRIAL or self._same_parent(event.envelope.step)
+            case ev.ModelCalled() | ev.ToolCalled() as called:
+                return self._same_call(called, event.envelope.step)
             case ev.TrainStarted(generation=generation) | ev.TrainFailed(generation=generation):
                 if not self._equal(subjects.train_requested(self.parent, generation)):
                     return False
@@ -243,9 +238,21 @@ class _Forker:
         made = [] if adapter is None else [subjects.train_outcome(self.parent, int(adapter[1:].partition("-")[0]))]
         return all(self._equal(subject) for subject in (subjects.candidate_proposed(self.parent, best), *made))
 
-    def _request(self, call: CallModel | CallTool) -> dict[str, Any]:
-        """What is asked, as it would be recorded."""
-        return self._redaction.value(call.request if isinstance(call, CallModel) else call.arguments)
+    def _same_call(self, called: ev.ModelCalled | ev.ToolCalled, generation: int) -> bool:
+        """Whether the fork asks what this call asked, and what it is told of is the same."""
+        wanted = pending(self.state, self.world)
+        if wanted is None or wanted[:2] != (called.session, called.ordinal):
+            return False
+        if not asks_the_same(called, wanted[2], self._redaction, self.world.withholding):
+            return False
+        match called:
+            case ev.ToolCalled(name=name) if name == TRIAL:
+                return self._same_parent(generation)
+            case ev.ToolCalled(name=name, arguments={"trajectory": str(read)}) if name == READ:
+                # What was refused was no trajectory's name.
+                return called.result is None or self._equal(subjects.trajectory_logged(self.parent, read))
+            case _:
+                return True
 
     def _equal(self, subject: str) -> bool:
         """Whether the fork holds, under its own name, what the other run holds under ``subject``."""

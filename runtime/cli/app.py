@@ -13,6 +13,9 @@ from bascule.runtime.cli import (
     blobs,
     canaries,
     catalog,
+    cost,
+    doctor,
+    experiment,
     forks,
     ops,
     own_tasks,
@@ -28,7 +31,24 @@ from bascule.schemas.errors import BasculeError, Corrupt
 
 #: In the order in which help lists them.
 ORDER = [
-    m.__name__ for m in (runs, audit, canaries, train, forks, transfer, blobs, services, ops, catalog, own_tasks, sia)
+    m.__name__
+    for m in (
+        runs,
+        experiment,
+        cost,
+        audit,
+        canaries,
+        train,
+        forks,
+        transfer,
+        blobs,
+        services,
+        ops,
+        catalog,
+        doctor,
+        own_tasks,
+        sia,
+    )
 ]
 app.registered_commands.sort(key=lambda c: ORDER.index(c.callback.__module__ if c.callback else runs.__name__))
 

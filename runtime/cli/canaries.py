@@ -63,7 +63,7 @@ def known_canaries(config: RunConfig) -> Canaries:
     from bascule.runtime.world import World
 
     public = World(plugins(), config).public
-    return Canaries.of(canary_key(), config.task.name, public, ("train", "dev", "sealed"))
+    return Canaries.of(canary_key(), config.task.name, public, ("train", "dev", "sealed", "regression"))
 
 
 def decoder(config: RunConfig) -> Callable[[Sequence[int]], str] | None:

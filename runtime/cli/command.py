@@ -43,6 +43,12 @@ Credentials = Annotated[
     Path | None, typer.Option(help="A file with what each user logs in with at --url. Also BASCULE_CREDENTIALS.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for programs.")]
+Profile = Annotated[
+    Path | None, typer.Option(help="A TOML file that names everything of a run; options and --set go before it.")
+]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Any configuration value, e.g. --set gate.alpha=0.01. Repeatable.")
+]
 Run = Annotated[str, typer.Argument(help="The run's name; `bascule status` lists them.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 

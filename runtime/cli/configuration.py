@@ -10,10 +10,16 @@ from typing import Any, get_args
 import msgspec
 
 from bascule.plugins.algorithm import Algorithm, Stream
+from bascule.plugins.engine import cannot
 from bascule.plugins.extras import install_command
 from bascule.plugins.loader import Plugins
+from bascule.plugins.perturb import can_perturb
+from bascule.plugins.policy import CallsModels, ChecksStart, PolicyStart
+from bascule.plugins.task import SecondOpinion
+from bascule.runtime.cli.harness_folder import check_harness
 from bascule.runtime.log.rules import MAX_BATCH
-from bascule.runtime.services.inference import engine_params
+from bascule.runtime.services.budgets import bounds_dollars, check_prices
+from bascule.runtime.services.inference import check_trainable, engine_params
 from bascule.runtime.world import World, merged, plain, task_digest
 from bascule.schemas.errors import ConfigError, TrainError
 from bascule.schemas.events import RunStarted
@@ -21,16 +27,21 @@ from bascule.schemas.run import PluginChoice, RunConfig, parse_config
 from bascule.trainers.credit import credit_of
 from bascule.trainers.params import TrainParams, train_params
 
+#: The parts of a configuration that are a plugin with its parameters.
+CHOICES = ("task", "second", "engine", "policy", "author")
 
-def configure(given: dict[str, Any], overrides: Sequence[str], loaded: Plugins) -> RunConfig:
-    """The run's configuration: the task's defaults, then the user's values.
+
+def configure(
+    given: dict[str, Any], overrides: Sequence[str], loaded: Plugins, profile: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """The run's configuration: the task's defaults, then the values of a profile, of options, and of overrides.
 
     Raises:
         ConfigError: an unknown task, plugin, field or value.
     """
-    base = {k: v for k, v in given.items() if v is not None}
+    base = layered(profile or {}, {k: v for k, v in given.items() if v is not None})
     for item in overrides:
-        base = merged(base, override(item))
+        base = layered(base, override(item))
     if not isinstance(base.get("task"), dict) or not isinstance(base["task"].get("params", {}), dict):
         raise ConfigError(f"{base.get('task')!r} does not name a task.", next_step="`bascule tasks` lists them.")
     # A resume may come from another folder.
@@ -54,6 +65,20 @@ def configure(given: dict[str, Any], overrides: Sequence[str], loaded: Plugins) 
     return parse_config(merged(merged(defaults, base), named))
 
 
+def layered(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` laid over ``base``; where it names another plugin, the parameters given for the former one are gone."""
+    kept = dict(base)
+    for kind in CHOICES:
+        below, above = base.get(kind), over.get(kind)
+        if isinstance(below, dict) and isinstance(above, dict):
+            name = below.get("name")
+            if above.get("name", name) != name:
+                del kept[kind]
+    if "harness" in over:
+        kept.pop("harness", None)  # files of two harnesses are none
+    return merged(kept, dict(over))
+
+
 def override(item: str) -> dict[str, Any]:
     """``KEY=VALUE`` as nested configuration values; VALUE is JSON, or else text.
 
@@ -70,7 +95,7 @@ def override(item: str) -> dict[str, Any]:
     except msgspec.DecodeError:
         value = text
     parts = key.split(".")
-    if parts[0] in ("task", "engine", "policy", "author"):
+    if parts[0] in CHOICES:
         if len(parts) == 1 and isinstance(value, str):
             parts.append("name")
         elif len(parts) == 2 and parts[1] not in ("name", "params"):
@@ -88,11 +113,11 @@ def preflight(config: RunConfig, loaded: Plugins) -> RunStarted:
         BasculeError: a plugin, the task's data or the model is not there or not usable.
     """
     world = World(loaded, config)
-    loaded.registry.engines.get(config.engine.name)(config.model, engine_params(config, config.engine))
-    _ = world.policy, world.author
-    usable = check_algorithms(world)
+    usable = check_choices(world)
     public = world.public
     check_splits(world)
+    check_gate(world)
+    check_harness(world)
     digest = ""
     if config.engine.name == "transformers" or "weights" in config.levers:
         from bascule.trainers.base_model import model_digest, resolve_model
@@ -113,6 +138,25 @@ def preflight(config: RunConfig, loaded: Plugins) -> RunStarted:
     )
 
 
+def check_choices(world: World) -> dict[str, TrainParams]:
+    """Check what needs neither the task's data nor the model: the plugins, their parameters, the budget.
+
+    Returns:
+        As :func:`check_algorithms`.
+
+    Raises:
+        ConfigError: naming what is not usable.
+    """
+    config = world.config
+    engine = world.plugins.registry.engines.get(config.engine.name)(config.model, engine_params(config, config.engine))
+    check_trainable(world, cannot(engine))
+    _ = world.author
+    usable = check_algorithms(world)
+    check_policy(world)
+    check_budget(world)
+    return usable
+
+
 def check_algorithms(world: World) -> dict[str, TrainParams]:
     """The training parameters of each usable algorithm, by its name.
 
@@ -122,7 +166,7 @@ def check_algorithms(world: World) -> dict[str, TrainParams]:
         ConfigError: one that the configuration names is not usable so; names it and the parameter.
     """
     usable = {}
-    named = {*world.config.algorithms, world.config.policy.params.get("algorithm")}
+    named = {*world.config.algorithms, *_told(world)}
     for info in world.algorithms:
         try:
             usable[info.name] = _check_algorithm(world.algorithm(info.name), info.params)
@@ -134,6 +178,28 @@ def check_algorithms(world: World) -> dict[str, TrainParams]:
                 next_step=error.next_step or f"Correct it with --set algorithms.{info.name}.NAME=VALUE.",
             ) from error
     return usable
+
+
+def _told(world: World) -> tuple[str, ...]:
+    """The algorithms that the run's policy is told to use."""
+    return world.policy.named if isinstance(world.policy, ChecksStart) else ()
+
+
+def check_policy(world: World) -> None:
+    """Refuse a run in which its policy could not do as it is told.
+
+    Raises:
+        ConfigError: names what does not fit.
+    """
+    if isinstance(world.policy, ChecksStart):
+        config = world.config
+        world.policy.check(
+            PolicyStart(
+                levers=config.levers,
+                algorithms=world.algorithms,
+                train_samples=config.evaluation.train_samples,
+            )
+        )
 
 
 def _check_algorithm(algorithm: Algorithm, given: dict[str, Any]) -> TrainParams:
@@ -168,7 +234,7 @@ def check_training(world: World, folder: Path, asked: Mapping[str, TrainParams])
         ConfigError: TRL is asked for and not there, the trainer cannot compute the model, or the model lacks a target
             of an algorithm's adapter.
     """
-    if world.config.policy.params.get("algorithm") == "trl-grpo" and find_spec("trl") is None:
+    if "trl-grpo" in _told(world) and find_spec("trl") is None:
         raise ConfigError(
             "The policy is told to use trl-grpo, and TRL is not installed.",
             next_step=f"Choose the algorithm grpo, or install it: {install_command('trl')}",
@@ -201,6 +267,18 @@ def check_training(world: World, folder: Path, asked: Mapping[str, TrainParams])
             raise ConfigError(f"The algorithm {name}: {e.message}", next_step=e.next_step) from e
 
 
+def check_budget(world: World) -> None:
+    """Refuse a budget in dollars without the prices that it needs.
+
+    Raises:
+        ConfigError: names the first price that is missing.
+    """
+    if not bounds_dollars(world.config):
+        return
+    callers = [x for x in (world.policy, world.author) if isinstance(x, CallsModels)]
+    check_prices(world.config, [model for caller in callers for model in caller.models])
+
+
 def check_splits(world: World) -> None:
     """Refuse a task that a run could not get through.
 
@@ -225,3 +303,44 @@ def check_splits(world: World) -> None:
             f"A decision would ask for {shards} shards, and an atomic batch holds {MAX_BATCH} events.",
             next_step="Raise shard_size, or lower the evaluation sizes.",
         )
+
+
+def check_gate(world: World) -> None:
+    """Refuse what the gate is told to look at and the task does not have.
+
+    Raises:
+        ConfigError: there is no such second verifier, or dev cannot be asked in another form or has too few examples.
+    """
+    config, public, e = world.config, world.public, world.config.evaluation
+    if config.second is not None:
+        world.plugins.registry.verifiers.get(config.second.name)
+        if config.second.name == "task" and not isinstance(world.task, SecondOpinion):
+            raise ConfigError(
+                f"The task {public.name} has no second verifier of its own.",
+                next_step="Leave `second` out, or name one of a plugin: `bascule plugins` lists them.",
+            )
+    if e.perturbed and not all(can_perturb(world.task, public.dev[p]) for p in world.positions("dev")):
+        raise ConfigError(
+            f"The items of {public.name} cannot be asked in another form: they have no text `question`, and the task "
+            "has no rules of its own.",
+            next_step="Leave evaluation.perturbed at 0.",
+        )
+    dev = len(world.positions("dev"))
+    if e.fresh_dev > dev:
+        raise ConfigError(
+            f"Each generation is to have {e.fresh_dev} fresh examples of dev, and {public.name} has {dev} in all.",
+            next_step="Lower evaluation.fresh_dev, or give the task more of them.",
+        )
+
+
+def cautions(started: RunStarted) -> list[str]:
+    """What a run is told that goes on all the same, a sentence each."""
+    gate, asked = started.config.gate, started.config.evaluation.fresh_dev or started.dev
+    # All pairs for the candidate are the square root of their number, in standard errors.
+    if gate.version > 1 and gate.guard != "none" and asked <= gate.step**2:
+        said = (
+            f"On {asked} examples of dev no candidate can be {gate.step:g} standard errors better than its parent, as "
+            "the gate's guard asks for: nothing will be promoted, unless with --set gate.guard=none."
+        )
+        return [said]
+    return []

@@ -24,10 +24,12 @@ from bascule.schemas.envelope import Draft, Producer, Recorded
 from bascule.schemas.errors import ConfigError, PluginError
 from bascule.schemas.events import (
     AblationRequested,
+    CandidatePromoted,
     RunCancelled,
     RunCompleted,
     RunPaused,
     RunResumed,
+    RunRolledBack,
     RunStarted,
     RuntimeChanged,
 )
@@ -197,6 +199,32 @@ async def end(store: Store, run: str, *, cancel: bool, reason: str) -> None:
     recorded = await view_of(store, run).append("cli", [draft])
     if cancel and recorded[0].duplicate:
         raise ended
+
+
+async def roll_back(store: Store, run: str, *, to: int, reason: str) -> int | None:
+    """Make an earlier promoted candidate the parent again. Returns the generation that still comes to its end.
+
+    Raises:
+        NotFound: there is no such run; ConfigError: it has ended, or ``to`` is none of its promoted candidates.
+    """
+    state = await state_of(store, run)
+    if state.end is not None:
+        raise ConfigError(
+            f"The run {run} has ended, so nothing follows from a rollback.",
+            next_step=f"Fork it where it went wrong: bascule whatif {run} --from STEP --execute.",
+        )
+    promoted = [n for n, s in sorted(state.steps.items()) if isinstance(s.gate, CandidatePromoted)]
+    if to not in promoted:
+        known = ", ".join(map(str, promoted)) or "none yet"
+        raise ConfigError(f"The candidate {to} of {run} was not promoted.", next_step=f"Promoted were: {known}.")
+    if to == (state.best if state.rollback is None else state.rollback):
+        raise ConfigError(f"The candidate {to} of {run} is the parent already.", next_step="Nothing is to be done.")
+    data = RunRolledBack(generation=to, reason=reason)
+    draft = Draft(subject=subjects.run_rolled_back(run, state.rollbacks + 1), step=0, data=data)
+    recorded = await view_of(store, run).append("cli", [draft])
+    if recorded[0].duplicate:
+        raise ConfigError(f"Somebody else rolled {run} back at this moment.", next_step=f"See `bascule status {run}`.")
+    return max(state.steps, default=None)
 
 
 async def work(store: Store, run: str, listeners: Sequence[Listener]) -> None:

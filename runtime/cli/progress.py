@@ -99,6 +99,8 @@ class Live:
             case ev.RunCompleted() as d:
                 r = d.sealed
                 return f"sealed: {r.before:.3f} before, {r.after:.3f} after, p = {r.p:.2g}, n = {r.n}"
+            case ev.RunRolledBack() as d:
+                return f"[bold]rolled back[/] to candidate {d.generation}: {escape(d.reason)}"
             case ev.RunFailed() | ev.RunCancelled() | ev.RunPaused() as d:
                 return f"[bold]{type(d).__name__}[/]: {escape(d.reason)}"
             case _:
@@ -114,4 +116,5 @@ def gate_line(data: ev.CandidatePromoted | ev.CandidateRejected) -> str:
     return (
         f"{word}: dev {f.score:.3f} against {f.parent_score:.3f} (generation {data.over}), "
         f"{f.wins} better, {f.losses} worse, p = {f.p:.2g} ({f.test}, alpha {f.alpha})"
+        + (f"; {escape(f.reason)}" if isinstance(f.reason, str) else "")
     )

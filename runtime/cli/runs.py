@@ -15,7 +15,9 @@ from bascule.runtime.cli.command import (
     Exit,
     Home,
     Json,
+    Profile,
     Run,
+    Set,
     Url,
     app,
     live_progress,
@@ -35,11 +37,13 @@ if TYPE_CHECKING:
 @app.command()
 def run(
     task: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "--task", "--task-file", help="The task; `bascule tasks` lists them. Or the file or folder of one's own."
+            "--task",
+            "--task-file",
+            help="The task; `bascule tasks` lists them. Or the file or folder of one's own. The profile's, else arith.",
         ),
-    ] = "arith",
+    ] = None,
     task_dir: Annotated[
         Path | None, typer.Option("--task-dir", "--task_dir", help="A SIA task directory, as it is; instead of --task.")
     ] = None,
@@ -55,6 +59,9 @@ def run(
     engine: Annotated[str | None, typer.Option(help="Inference engine; `bascule plugins` lists them.")] = None,
     policy: Annotated[str | None, typer.Option(help="Who chooses the lever.")] = None,
     author: Annotated[str | None, typer.Option(help="Who writes harnesses.")] = None,
+    harness: Annotated[
+        Path | None, typer.Option(help="A folder with the first harness, instead of the task's own.")
+    ] = None,
     regime: Annotated[
         str | None, typer.Option(help="The rules that a task is played under, where it has several (lawbench).")
     ] = None,
@@ -62,9 +69,8 @@ def run(
         bool,
         typer.Option("--unsafe-no-sandbox", help="Run harnesses and candidates unconfined; every result is marked."),
     ] = False,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Any configuration value, e.g. --set gate.alpha=0.01. Repeatable.")
-    ] = None,
+    profile: Profile = None,
+    set_: Set = None,
     home: Home = None,
     url: Url = None,
     credentials: Credentials = None,
@@ -77,13 +83,15 @@ def run(
     """
     from bascule.plugins.loader import plugins
     from bascule.runtime.cli import configuration, launch
-    from bascule.runtime.cli.own_tasks import chosen_task, stem_of
+    from bascule.runtime.cli.harness_folder import harness_in
+    from bascule.runtime.cli.own_tasks import stem_of
+    from bascule.runtime.cli.profiles import asked_task, attributed, read_profile
     from bascule.runtime.cli.sia import directory_named
     from bascule.runtime.cli.store import home_folder, open_store
 
-    asked = task if task_dir is None else directory_named(task_dir)
+    found = read_profile(profile, plugins()) if profile is not None else None
     given: dict[str, Any] = {
-        "task": chosen_task(asked, {"regime": regime} if regime is not None else {}),
+        "task": asked_task(task if task_dir is None else directory_named(task_dir), regime, found),
         "max_generations": max_gen,
         "seed": seed,
         "levers": [part.strip() for part in levers.split(",") if part.strip()] if levers is not None else None,
@@ -92,9 +100,13 @@ def run(
         "policy": {"name": policy} if policy else None,
         "author": {"name": author} if author else None,
         "sandbox": {"unsafe": True} if unsafe else None,
+        "harness": harness_in(harness) if harness is not None else None,
     }
-    config = configuration.configure(given, set_ or [], plugins())
-    started = configuration.preflight(config, plugins())
+    with attributed(found):
+        config = configuration.configure(given, set_ or [], plugins(), found.values if found else None)
+        started = configuration.preflight(config, plugins())
+    for caution in configuration.cautions(started):
+        typer.echo(caution, err=True)
 
     async def execute() -> None:
         async with open_store(
@@ -238,6 +250,27 @@ async def pause(store: Store, run: Run, reason: Reason = "asked for", as_json: J
 async def cancel(store: Store, run: Run, reason: Reason = "asked for", as_json: Json = False) -> None:
     """End a run for good."""
     await _ending(store, run, reason, as_json, cancel=True)
+
+
+@app.command()
+@on_store
+async def rollback(
+    store: Store,
+    run: Run,
+    to: Annotated[str, typer.Option("--to", help="The promoted candidate, by its generation: 2 or g02.")],
+    reason: Reason = "asked for",
+    as_json: Json = False,
+) -> None:
+    """Take promotions back: an earlier candidate is the parent again, once the generation under way is over."""
+    from bascule.runtime.cli import launch
+    from bascule.schemas.errors import ConfigError
+
+    digits = to.removeprefix("g")
+    if not (digits.isascii() and digits.isdigit()):
+        raise ConfigError(f"--to {to!r} names no candidate.", next_step="Give its generation, for example --to 2.")
+    after = await launch.roll_back(store, run, to=int(digits), reason=reason)
+    line = f"{run}: candidate {int(digits)} is the parent again once generation {after} is over"
+    print_json({"run": run, "to": int(digits), "after": after}) if as_json else typer.echo(line)
 
 
 async def _reporter(store: Store, name: str, *listeners: Callable[[Recorded], None]) -> Reporter:

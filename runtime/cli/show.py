@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -10,8 +12,12 @@ from rich.table import Table
 from rich.tree import Tree
 
 from bascule.runtime.audit.ablation import AblationRow
+from bascule.runtime.audit.cost import BudgetRow
 from bascule.runtime.audit.explain import Explanation
 from bascule.runtime.audit.report import RunReport
+from bascule.runtime.cli.landscapes import landscape_lines
+from bascule.runtime.services.budgets import POLICY as BUDGET
+from bascule.runtime.services.budgets import amount, unit
 from bascule.schemas.events import LeverChosen
 from bascule.schemas.landscape import Interval
 
@@ -57,6 +63,11 @@ def show_report(result: RunReport, console: Console) -> None:
             f"{row.seconds:.1f}",
         )
     console.print(table)
+    best = next((row for row in result.generations if row.generation == result.best), None)
+    if best is not None and best.landscape is not None and best.landscape.rewards is not None:
+        console.print(f"train, under the candidate of generation {best.generation}:", highlight=False)
+        for line in landscape_lines(best.landscape, best.rollout):
+            console.print(f"  {escape(line)}", highlight=False)
     if result.sealed is not None:
         s = result.sealed
         console.print(
@@ -65,6 +76,11 @@ def show_report(result: RunReport, console: Console) -> None:
             f"(generation {result.best}); {s.wins} better, {s.losses} worse, p = {s.p:.2g} ({s.test}, one-sided)",
             highlight=False,
         )
+        if result.gaps is not None and result.gaps.train_dev is not None and result.gaps.dev_sealed is not None:
+            console.print(
+                f"gap from train to dev {result.gaps.train_dev:+.3f}, from dev to sealed {result.gaps.dev_sealed:+.3f}",
+                highlight=False,
+            )
         times = "once" if result.looks == 1 else f"{result.looks} times"
         if result.looks:
             console.print(
@@ -87,6 +103,8 @@ def show_report(result: RunReport, console: Console) -> None:
         console.print(f"sandbox of {found.service} ({found.kind}): {held} held", highlight=False)
     if result.reason:
         console.print(f"{result.status}: {escape(result.reason)}", highlight=False)
+    for line in budget_lines(result.budget):
+        console.print(line, highlight=False)
     console.print(
         f"{result.tokens:,} tokens, {result.seconds:.0f} s, {result.events} events, "
         f"decision hash {result.decision_hash}",
@@ -94,6 +112,16 @@ def show_report(result: RunReport, console: Console) -> None:
     )
     if result.picture:
         console.print(f"picture: {escape(result.picture)}", highlight=False, soft_wrap=True)
+
+
+def budget_lines(rows: Iterable[BudgetRow]) -> list[str]:
+    """What is spent of each bound, and left, a line for the run and for each lever."""
+    lines: dict[str, list[str]] = {}
+    for r in rows:
+        whose = "budget" if r.lever is None else f"budget of {r.lever}"
+        spent, bound, left = (amount(r.name, x) for x in (r.spent, r.bound, r.left))
+        lines.setdefault(whose, []).append(f"{spent} of {bound} {unit(r.name)} spent, {left} left")
+    return [f"{whose}: {'; '.join(parts)}" for whose, parts in lines.items()]
 
 
 def show_explanation(found: Explanation, console: Console) -> None:
@@ -122,8 +150,9 @@ def named(lever: str, algorithm: str | None) -> str:
 def _show_choice(found: Explanation, c: LeverChosen, console: Console) -> None:
     chosen = next((o for o in c.options if (o.lever, o.algorithm) == (c.lever, c.algorithm)), None)
     score = f" It scored {chosen.score:.3g}." if chosen and chosen.score is not None else ""
+    who = "the run's budget" if c.policy == BUDGET else f"the policy {c.policy} (version {c.policy_version})"
     console.print(
-        f"At step {c.generation} the policy {c.policy} (version {c.policy_version}) chose "
+        f"At step {c.generation} {who} chose "
         f"[bold]{named(c.lever, c.algorithm)}[/]: {escape('; '.join(c.reasons))}.{score}",
         highlight=False,
     )
@@ -139,12 +168,18 @@ def _show_choice(found: Explanation, c: LeverChosen, console: Console) -> None:
         text = "; ".join(f"{named(o.lever, o.algorithm)} ({'; '.join(o.reasons)})" for o in out)
         console.print(f"Not feasible: {escape(text)}.", highlight=False)
     console.print(_came_of_it(found), highlight=False)
+    for line in budget_lines(found.budget):
+        console.print(f"Then: {line}", highlight=False)
     figures = _table(title="the figures that it saw")
     for name in ("figure", "value", "recorded in"):
         figures.add_column(name)
     for e in c.evidence:
         figures.add_row(escape(e.name), f"{e.value:.4g}", escape(e.event))
     console.print(figures)
+    if found.seen is not None:
+        console.print(f"the landscape over train of generation {found.seen.generation}:", highlight=False)
+        for line in landscape_lines(found.seen.landscape, found.seen.measured.rollout):
+            console.print(f"  {escape(line)}", highlight=False)
     options = _table(title="the options")
     for name in ("", "lever", "algorithm", "feasible", "score", "reasons"):
         options.add_column(name)
@@ -170,7 +205,8 @@ def _came_of_it(found: Explanation) -> str:
     g = outcome.gate
     against = "" if g.parent_score is None else f" against {g.parent_score:.3f}"
     tested = "" if g.p is None else f", {g.wins} better and {g.losses} worse, p = {g.p:.2g} ({g.test})"
-    return f"Its candidate was {outcome.outcome}: {g.score:.3f} on dev{against}{tested}."
+    why = f" {g.reason[0].upper()}{g.reason[1:]}." if isinstance(g.reason, str) and g.parent_score is not None else ""
+    return escape(f"Its candidate was {outcome.outcome}: {g.score:.3f} on dev{against}{tested}.{why}")
 
 
 def show_runs(results: list[RunReport], console: Console) -> None:

@@ -135,9 +135,9 @@ def diff(
     from bascule.runtime.audit.diff import brief, compare
 
     async def execute() -> int:
-        async with _opened(a, home, url, credentials) as (run, events):
+        async with opened(a, home, url, credentials) as (run, events):
             first = await brief(run, events)
-        async with _opened(b, other_home or home, None if other_home else url, credentials) as (run, events):
+        async with opened(b, other_home or home, None if other_home else url, credentials) as (run, events):
             found = compare(first, await brief(run, events))
         print_json(found) if as_json else _show_comparison(found)
         return Exit.DIFFERS if found.decisions_differ else Exit.SAME
@@ -163,7 +163,7 @@ def fold(
         raise ConfigError("A fold ends at a count or at a step, not both.", next_step="Give --at or --step.")
 
     async def execute() -> None:
-        async with _opened(run, home, url, credentials) as (name, events):
+        async with opened(run, home, url, credentials) as (name, events):
             found = await folding.fold(name, events, at=at, step=step)
         print_json(found) if as_json else _show_fold(found)
 
@@ -181,7 +181,7 @@ def _open_export(source: str) -> Export:
 
 
 @asynccontextmanager
-async def _opened(
+async def opened(
     what: str, home: Path | None, url: str | None, credentials: Path | None
 ) -> AsyncIterator[tuple[str, AsyncIterator[Recorded]]]:
     """The name and the events of a run in a store, or of an export."""

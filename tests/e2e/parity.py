@@ -63,6 +63,8 @@ class Parity:
     def defaults(self) -> dict[str, Any]:
         small = {"steps": 3, "groups": 6, "num_generations": 4, "lora_r": 4, "learning_rate": 0.01}
         return {
+            # A recording answers the episodes of a run and not its trials.
+            "author": {"name": "operators", "params": {"episodes": 0}},
             "evaluation": {"train_groups": 6, "train_samples": 4},
             "algorithms": {"grpo": small},
             "max_generations": 3,

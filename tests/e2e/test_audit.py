@@ -127,7 +127,7 @@ def test_other_code_is_refused_or_recorded(world: Any, recorded: dict[str, Any])
 def test_explain_answers_for_a_step_and_for_any_event(world: Any, recorded: dict[str, Any], weights_step: int) -> None:
     del recorded
     text = world.bascule("explain", "live", str(weights_step)).stdout
-    for part in ("chose weights with grpo", "Also feasible, and not chosen", "on dev", "because of", "policy rules 2"):
+    for part in ("chose weights with grpo", "Also feasible, and not chosen", "on dev", "because of", "policy rules 3"):
         assert part in text
     gate = world.json("explain", "live", "candidate.g00.gate")
     assert gate["type"] == "bascule.candidate.promoted"
