@@ -17,10 +17,10 @@ from bascule.plugins.tasks.rg import ReasoningGym, ReasoningGymPrivate
 from bascule.plugins.tasks.rg_data import Wanted, make
 from bascule.plugins.tasks.rg_vetting import FORMS, REFUSED, harmless
 from bascule.plugins.tasks.splits import best_constant
+from bascule.runtime.cli.configuration import configure
 from bascule.schemas.errors import ConfigError
 from bascule.schemas.events import Split
 from bascule.schemas.harness import make_harness
-from bascule.schemas.run import parse_config
 from bascule.schemas.trajectory import Scored
 
 SPLITS: tuple[Split, ...] = ("train", "dev", "sealed")
@@ -217,5 +217,12 @@ def test_its_harness_and_defaults_are_valid_and_it_may_not_import_the_package(pu
     task = ReasoningGym("chain_sum", {})
     assert make_harness(task.harness()).manifest.packages == ()
     assert public.allows.packages == ()
-    assert parse_config({"task": {"name": task.name}, **task.defaults()}).task.name == "rg:chain_sum"
     assert rg.STRIDE > 100_000
+
+
+def test_each_generation_has_fresh_items_of_dev_unless_its_size_is_set() -> None:
+    usual = configure({"task": {"name": "rg:chain_sum"}}, [], plugins())
+    assert usual.evaluation.fresh_dev == 100
+    assert usual.task.params["dev"] == (usual.max_generations + 1) * 100
+    sized = configure({"task": {"name": "rg:chain_sum", "params": {"dev": 40}}}, [], plugins())
+    assert (sized.evaluation.fresh_dev, sized.task.params["dev"]) == (0, 40)
