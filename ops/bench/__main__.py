@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ops.bench.report import show
 
-BENCHES = ("algorithms", "engine", "log", "loop", "publish", "sandbox", "train")
+BENCHES = ("algorithms", "engine", "gate", "landscape", "log", "loop", "publish", "sandbox", "selector", "train")
 
 
 def main() -> None:
@@ -19,10 +19,12 @@ def main() -> None:
     parser.add_argument("bench", choices=BENCHES)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
-        "--home", type=Path, help="algorithms: keep the runs here, and make only those that are missing"
+        "--home", type=Path, help="algorithms, selector: keep the runs here, and make only those that are missing"
     )
+    parser.add_argument("--quick", action="store_true", help="selector: one seed, one draw")
     arguments = parser.parse_args()
     given = {"home": arguments.home} if arguments.home else {}
+    given |= {"quick": True} if arguments.quick else {}
     figures, notes = importlib.import_module(f"ops.bench.{arguments.bench}").run(**given)
     show(arguments.bench, figures, notes, as_json=arguments.json)
     if any(note.startswith(("FAIL", "UNDER")) for note in notes):

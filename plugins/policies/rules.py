@@ -9,7 +9,6 @@ highest score wins. Thresholds are parameters, scores are not:
 =========  =====================================================  =====  ==================================  =========
 algorithm  preferred where                                        score  elsewhere                           score
 =========  =====================================================  =====  ==================================  =========
-dpo        the task's rewards are ranks, and it says so           0.95   rewards say more than ranks         0.26
 reinforce  a regression is to be feared: with the newest job the  0.92   the KL divergence to the base is    0.28
            score on the regression set fell by more than                 held down, at the cost of speed
            ``regression`` and one standard error, or the KL
@@ -17,20 +16,29 @@ reinforce  a regression is to be feared: with the newest job the  0.92   the KL 
 ppo        the verifier rewards single model calls in at least    0.9    its critic learns from few steps    0.24
            ``step_rewards`` of the samples, and at least                 or from the last reward alone
            ``step_density`` of those rewards are not 0
-entropic   rewards are more than pass and fail, and their skew    0.85   few high rewards to weigh up        0.22
-           is over ``skew``
+reinforce  at least ``continuous`` rewards are distinct, and      0.86   as above
+           their skew is over ``skew``
+entropic   rewards are more than pass and fail, and their skew    0.85   few high rewards to weigh up, or    0.22
+           is over ``skew``                                              ranks
 grpo       at least ``informative`` of the groups have differing  0.8    in proportion to their share        below 0.6
            rewards
+dpo        the task's rewards are ranks, and it says so           0.75   rewards say more than ranks         0.26
 best_of_n  the start is cold: success below ``cold_success`` and  0.7    winners to clone, no cold start     0.35
            informative groups below ``cold_informative``
 =========  =====================================================  =====  ==================================  =========
 
+The rows are those that arXiv:2605.27276 publishes, but for two that ``ops/bench/selector.py`` speaks against, with a
+tiny model and equally many samples: where rewards are continuous and skewed, reinforce, which keeps their distances,
+found better answers than entropic; where they are ranks, grpo, which samples anew and scales each group's rewards, was
+better than one update on pairs. What is published comes next there.
+
 ``trl-grpo`` trains as grpo does, with TRL, and is taken only where the parameter ``algorithm`` asks for it.
 
 Every job since the last promotion of an algorithm's halves its score, so that another one has its turn, but not at
-once: while it is feasible and its jobs leave adapters, an algorithm is kept for ``min_updates`` jobs in a row, and
-after that until another one scores higher by more than ``margin``. It has the best score of all algorithms then, so
-that keeping it does not change which lever is pulled.
+once: while it is feasible and its jobs leave adapters, an algorithm is kept for ``min_updates`` jobs in a row, after
+that as long as its jobs are promoted, and else until another one scores higher by more than ``margin``. It has the best
+score of all algorithms then, so that keeping it does not change which lever is pulled. A regression that is to be
+feared ends the keeping: the next job is a careful one.
 
 Algorithms of other plugins are judged as the built-in one that requires the same: winners as best_of_n, differing
 rewards as grpo, pairs as dpo, anything else as reinforce where no regression is to be feared.
@@ -39,9 +47,9 @@ What decides for grpo is not the pass rate p but how often a group is informativ
 group-relative advantages are worth little below I = 0.3. At a cold start, with hardly a success, cloning the few
 verified winners is the safer step. Without any success, and where all rewards are equal, nothing is feasible.
 
-The table is that of version 3. Version 2 kept no algorithm and measured no risk: its reinforce and dpo are never
-preferred, and its ppo does not ask for ``step_density``. Version 1 knew grpo and best_of_n only. Runs that are pinned
-to either are decided as they were.
+The table is that of version 3. Version 2 kept no algorithm, measured no risk and knew of no ranks: its reinforce and
+dpo are never preferred, and its ppo does not ask for ``step_density``. Version 1 knew grpo and best_of_n only. Runs
+that are pinned to either are decided as they were.
 """
 
 from __future__ import annotations
@@ -84,6 +92,7 @@ class Thresholds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         cold_success, cold_informative: below both, the start is cold and winners are cloned.
         step_rewards: fraction of samples with rewards of single model calls from which a critic is preferred.
         skew: of the rewards, over which the few high ones are weighed up.
+        continuous: distinct rewards from which they count as continuous.
         step_density: fraction of those rewards that are not 0, from which they tell a critic enough.
         regression: fall of the score on the regression set above which a regression is to be feared.
         max_base_kl: KL divergence to the base, in nats a token, above which it is as well.
@@ -100,6 +109,7 @@ class Thresholds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     step_rewards: Fraction = 0.20
     step_density: Fraction = 0.20
     skew: float = 1.0
+    continuous: Annotated[int, msgspec.Meta(ge=3)] = 32
     regression: Fraction = 0.02
     max_base_kl: Annotated[float, msgspec.Meta(gt=0)] = 1.0
     min_updates: Annotated[int, msgspec.Meta(ge=1)] = 2
@@ -168,7 +178,9 @@ def algorithm_options(
     options = [_weights(given, best, a, t, version, scheduled=scheduled) for a in given.algorithms]
     if t.algorithm is not None:
         return only(policy, options, t.algorithm)
-    return options if version in ("1", "2") else _keeping(options, given.history, t)
+    if version in ("1", "2") or (best.train is not None and _risk(given.history, best.train, t) is not None):
+        return options
+    return _keeping(options, given.history, t)
 
 
 def _keeping(options: list[Option], history: Sequence[Generation], t: Thresholds) -> list[Option]:
@@ -179,11 +191,13 @@ def _keeping(options: list[Option], history: Sequence[Generation], t: Thresholds
         return options
     top = max(o.score or 0.0 for o in options if o.feasible)
     score = own.score or 0.0
-    if jobs >= t.min_updates and (score == top or top > score + t.margin):
+    helped = next(g for g in reversed(history) if g.lever == "weights").outcome == "promoted"
+    if jobs >= t.min_updates and (score == top or (not helped and top > score + t.margin)):
         return options
     why = f"kept: {jobs} job(s) in a row, of at least {t.min_updates}"
     if jobs >= t.min_updates:
         why = f"kept: no other scores higher than its {score:.3g} by more than {t.margin:g}"
+        why = "kept: its newest job was promoted" if helped else why
     kept = msgspec.structs.replace(own, score=top, reasons=(*own.reasons, why))
     return [kept, *(o for o in options if o is not own)]  # the first of equal scores is chosen
 
@@ -241,9 +255,14 @@ def _third(info: AlgorithmInfo, given: PolicyInput, land: RewardLandscape, t: Th
     kind = _kind(info, first=False)
     match kind:
         case "dpo" if given.ordinal:
-            return 0.95, "the task's rewards are ranks: an order, whose distances say nothing"
+            return 0.75, "the task's rewards are ranks: an order, whose distances say nothing"
+        case "entropic" if given.ordinal:
+            return 0.22, "the task's rewards are ranks: their distances, and so their skew, say nothing"
         case "reinforce" if info.name == kind and (risk := _risk(given.history, land, t)) is not None:
             return 0.92, f"a regression is to be feared: {risk}"
+        case "reinforce" if info.name == kind and not given.ordinal and _continuous(land, t):
+            shape = f"{land.distinct_rewards} distinct rewards, at least {t.continuous}, of skew {land.skew:.2f}"
+            return 0.86, f"{shape}, over {t.skew:.2f}: their distances are kept"
         case "ppo" if land.step_density is not None and land.step_density < t.step_density:
             of = f"{land.step_density:.2f} of {land.step_calls} step rewards are not 0"
             return 0.24, f"{of}, below {t.step_density:.2f}: a critic has little to learn from"
@@ -255,6 +274,11 @@ def _third(info: AlgorithmInfo, given: PolicyInput, land: RewardLandscape, t: Th
     }
     name, interval = intervals.get(kind, ("", None))
     return score, f"{why}{_interval(name, interval)}"
+
+
+def _continuous(land: RewardLandscape, t: Thresholds) -> bool:
+    """Whether rewards are continuous, with a few high ones."""
+    return land.distinct_rewards >= t.continuous and land.skew > t.skew
 
 
 def _risk(history: Sequence[Generation], land: RewardLandscape, t: Thresholds) -> str | None:
