@@ -30,7 +30,7 @@ from ops.bench.selector_tasks import (
 
 EVEN = np.full((PROMPT_KINDS, ANSWERS), 1 / ANSWERS)
 ARMS = (*ALGORITHMS, *POLICIES)
-SMALL = Size(generations=2, iterations=2, batch=32, groups=8, dev=24, regression=8)
+SMALL = Size(generations=1, iterations=2, batch=32, groups=8, dev=24, regression=8)
 
 
 def task(kind: Kind) -> Task:
