@@ -17,7 +17,7 @@ import msgspec
 
 from bascule.plugins.authors.clusters import evidence_text
 from bascule.plugins.authors.trials import fold
-from bascule.plugins.models.endpoint import Endpoint, ask, check_endpoint, check_ready
+from bascule.plugins.models.endpoint import Endpoint, ask, check_ready, parameters
 from bascule.plugins.models.messages import (
     Ended,
     Message,
@@ -43,7 +43,7 @@ from bascule.plugins.policy import (
     TrialRequest,
     TrialResult,
 )
-from bascule.schemas.errors import ConfigError, HarnessError, ModelError
+from bascule.schemas.errors import HarnessError, ModelError
 from bascule.schemas.events import ModelCalled, ToolCalled
 from bascule.schemas.harness import MAX_BYTES, REQUIRED, Harness, make_harness
 
@@ -163,14 +163,7 @@ def make(params: dict[str, Any]) -> Claude:
     Raises:
         ConfigError: a parameter is unknown or out of range.
     """
-    try:
-        found = msgspec.convert(params, Params)
-    except msgspec.ValidationError as e:
-        raise ConfigError(
-            f"The author claude cannot take these parameters: {e}.", next_step="Correct that value."
-        ) from e
-    check_endpoint(found, "The author claude")
-    return Claude(found)
+    return Claude(parameters(params, Params, "The author claude"))
 
 
 class Claude:

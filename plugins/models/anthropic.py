@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-from importlib import import_module
 from typing import Any
 
 import msgspec
 
-from bascule.plugins.models.attempts import hooks
-from bascule.plugins.models.endpoint import Endpoint, failure, not_understood, out_of_time
+from bascule.plugins.models.attempts import said_by, through
+from bascule.plugins.models.endpoint import Endpoint, not_understood
 from bascule.plugins.policy import Performed
 
 _CACHED = {"type": "ephemeral"}
@@ -32,24 +30,11 @@ class _Message(msgspec.Struct):
 
 async def ask(endpoint: Endpoint, key: str, request: dict[str, Any]) -> Performed:
     """See :class:`bascule.plugins.models.endpoint.Ask`."""
-    sdk: Any = await asyncio.to_thread(import_module, "anthropic")
-    client = sdk.AsyncAnthropic(
-        api_key=key,
-        base_url=endpoint.url,
-        timeout=endpoint.timeout_s,
-        max_retries=endpoint.max_retries,
-        http_client=sdk.DefaultAsyncHttpxClient(event_hooks=hooks(endpoint)),
-    )
-    try:
-        async with asyncio.timeout(endpoint.total_s), client:
-            body = await _answered(sdk, client, request)
-    except TimeoutError:
-        raise out_of_time(endpoint) from None
-    except sdk.APIStatusError as e:
-        raise failure(endpoint, key, e.status_code, e.api_message or e.message) from None
-    except sdk.APIConnectionError as e:
-        raise failure(endpoint, key, None, str(e.__cause__ or e)) from None
-    return performed(endpoint, body)
+
+    async def send(sdk: Any, client: Any) -> bytes:
+        return await _answered(sdk, client, request)
+
+    return performed(endpoint, await through("anthropic", "AsyncAnthropic", endpoint, key, send))
 
 
 async def _answered(sdk: Any, client: Any, request: dict[str, Any]) -> bytes:
@@ -59,7 +44,7 @@ async def _answered(sdk: Any, client: Any, request: dict[str, Any]) -> bytes:
         return await _sent(client, sent)
     except sdk.BadRequestError as e:
         forced = sent.get("tool_choice", {}).get("type") in ("tool", "any")
-        if not forced or "tool_choice" not in (e.api_message or e.message):
+        if not forced or "tool_choice" not in said_by(e):
             raise
     return await _sent(client, {**sent, "tool_choice": {"type": "auto"}})
 

@@ -1,4 +1,4 @@
-"""What is seen of a call's attempts: a log line at each retry, and no waiting for longer than the call may take.
+"""A call through an SDK: a log line at each retry, no waiting for longer than it may take, and one kind of error.
 
 Both SDKs retry by themselves and say in a header which attempt it is; they would also wait as long as an endpoint tells
 them to, which may be hours.
@@ -6,17 +6,54 @@ them to, which may be hours.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
-from bascule.plugins.models.endpoint import Endpoint
+from bascule.plugins.models.endpoint import Endpoint, failure, out_of_time
 
 #: The feedback service listens to it.
 LOGGER = "bascule.models"
 _COUNT = "x-stainless-retry-count"
+
+
+async def through(
+    name: str, client_class: str, endpoint: Endpoint, key: str, send: Callable[[Any, Any], Awaitable[bytes]]
+) -> bytes:
+    """The body of the answer to ``send(sdk, client)``; the SDK is imported now.
+
+    Args:
+        name: of the SDK's module; ``client_class`` is its client.
+
+    Raises:
+        ModelError: there is no answer; says why.
+    """
+    sdk: Any = await asyncio.to_thread(import_module, name)
+    client = getattr(sdk, client_class)(
+        api_key=key,
+        base_url=endpoint.url,
+        timeout=endpoint.timeout_s,
+        max_retries=endpoint.max_retries,
+        http_client=sdk.DefaultAsyncHttpxClient(event_hooks=hooks(endpoint)),
+    )
+    try:
+        async with asyncio.timeout(endpoint.total_s), client:
+            return await send(sdk, client)
+    except TimeoutError:
+        raise out_of_time(endpoint) from None
+    except sdk.APIStatusError as e:
+        raise failure(endpoint, key, e.status_code, said_by(e)) from None
+    except sdk.APIConnectionError as e:
+        raise failure(endpoint, key, None, str(e.__cause__ or e)) from None
+
+
+def said_by(error: Any) -> str:
+    """The endpoint's own words, where the SDK keeps them apart."""
+    return str(getattr(error, "api_message", None) or error.message)
 
 
 def hooks(endpoint: Endpoint, clock: Callable[[], float] = time.monotonic) -> dict[str, list[Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
@@ -71,6 +71,9 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return f"{self.named} at {self.url}"
 
 
+E = TypeVar("E", bound=Endpoint)
+
+
 class Ask(Protocol):
     """One call to a model."""
 
@@ -101,6 +104,23 @@ def check_endpoint(endpoint: Endpoint, who: str) -> None:
             f"The base_url of {who} holds a password, which would be recorded.",
             next_step="Put it into an environment variable and name that in key_env.",
         )
+
+
+def parameters(given: dict[str, Any], type_: type[E], who: str) -> E:
+    """The parameters of a policy or an author that asks a model, checked.
+
+    Args:
+        who: as errors name it, ``The author claude``.
+
+    Raises:
+        ConfigError: one is unknown or out of range, or no call could be made with them.
+    """
+    try:
+        found = msgspec.convert(given, type_)
+    except msgspec.ValidationError as e:
+        raise ConfigError(f"{who} cannot take these parameters: {e}.", next_step="Correct that value.") from e
+    check_endpoint(found, who)
+    return found
 
 
 def check_ready(endpoint: Endpoint) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-from importlib import import_module
 from typing import Any
 
 import msgspec
 
-from bascule.plugins.models.attempts import hooks
-from bascule.plugins.models.endpoint import Endpoint, failure, not_understood, out_of_time
+from bascule.plugins.models.attempts import through
+from bascule.plugins.models.endpoint import Endpoint, not_understood
 from bascule.plugins.models.messages import NO_JSON
 from bascule.plugins.policy import Performed
 
@@ -57,26 +55,14 @@ class _Completion(msgspec.Struct):
 
 async def ask(endpoint: Endpoint, key: str, request: dict[str, Any]) -> Performed:
     """See :class:`bascule.plugins.models.endpoint.Ask`."""
-    sdk: Any = await asyncio.to_thread(import_module, "openai")
-    client = sdk.AsyncOpenAI(
-        api_key=key,
-        base_url=endpoint.url,
-        timeout=endpoint.timeout_s,
-        max_retries=endpoint.max_retries,
-        http_client=sdk.DefaultAsyncHttpxClient(event_hooks=hooks(endpoint)),
-    )
-    try:
-        async with asyncio.timeout(endpoint.total_s), client:
-            sent = translated(request, own=not endpoint.base_url)
-            response = await client.chat.completions.with_raw_response.create(**sent)
-            body: bytes = response.http_response.content
-    except TimeoutError:
-        raise out_of_time(endpoint) from None
-    except sdk.APIStatusError as e:
-        raise failure(endpoint, key, e.status_code, e.message) from None
-    except sdk.APIConnectionError as e:
-        raise failure(endpoint, key, None, str(e.__cause__ or e)) from None
-    return performed(endpoint, body)
+    sent = translated(request, own=not endpoint.base_url)
+
+    async def send(_: Any, client: Any) -> bytes:
+        response = await client.chat.completions.with_raw_response.create(**sent)
+        body: bytes = response.http_response.content
+        return body
+
+    return performed(endpoint, await through("openai", "AsyncOpenAI", endpoint, key, send))
 
 
 def translated(request: dict[str, Any], *, own: bool) -> dict[str, Any]:

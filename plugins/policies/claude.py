@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from bascule.plugins.models.endpoint import Endpoint, ask, check_endpoint, check_ready
+from bascule.plugins.models.endpoint import Endpoint, ask, check_ready, parameters
 from bascule.plugins.models.messages import (
     Act,
     Ended,
@@ -43,7 +43,7 @@ from bascule.plugins.policy import (
     TrainOutcome,
 )
 from bascule.schemas.decision import LeverDecision, Option
-from bascule.schemas.errors import ConfigError, ModelError
+from bascule.schemas.errors import ModelError
 from bascule.schemas.events import ToolCalled
 
 VERSION = "1"
@@ -98,14 +98,7 @@ def make(params: dict[str, Any]) -> Claude:
     Raises:
         ConfigError: a parameter is unknown or out of range.
     """
-    try:
-        found = msgspec.convert(params, Params)
-    except msgspec.ValidationError as e:
-        raise ConfigError(
-            f"The policy claude cannot take these parameters: {e}.", next_step="Correct that value."
-        ) from e
-    check_endpoint(found, "The policy claude")
-    return Claude(found)
+    return Claude(parameters(params, Params, "The policy claude"))
 
 
 class Claude:

@@ -34,8 +34,6 @@ def made(file: Path, *overrides: str, task: str | None = None, **given: Any) -> 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=[file.stem for file in SHIPPED])
 def test_a_profile_that_is_shipped_makes_a_configuration_whose_plugins_take_it(file: Path) -> None:
-    if "vllm" in file.name and "vllm" not in plugins().registry.engines.items:
-        pytest.skip("there is no engine vllm")
     config = made(file)
     check_choices(World(plugins(), config))
     assert config.levers == ("harness", "weights")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 
 pytest.importorskip("torch")
 
-import torch
 
 from bascule.plugins.engine import Engine, EngineInfo, Sampled, SampleRequest, asked
 from bascule.plugins.kit import Check
@@ -24,7 +22,7 @@ from bascule.schemas.events import TrajectoryLogged
 from bascule.schemas.landscape import WorkMeasured
 from bascule.schemas.subjects import trajectory_logged
 from bascule.schemas.trajectory import ModelCall, Trajectory, pack_ids
-from bascule.trainers.base_model import load_model
+from tests.engines.served import oracle_of
 from tests.tiny_model import make_tiny_adapter, make_tiny_model
 
 
@@ -45,19 +43,9 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.fixture
 def given(base: Path, adapters: dict[str, Path]) -> Conditions:
-    from peft import PeftModel
-
-    @cache
-    def model(adapter: str | None) -> Any:
-        plain = load_model(base)
-        return plain if adapter is None else PeftModel.from_pretrained(plain, adapters[adapter]).eval()
-
-    @torch.inference_mode()
-    def oracle(prompt: Sequence[int], ids: Sequence[int], temperature: float, adapter: str | None) -> list[float]:
-        logits = model(adapter)(input_ids=torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
-        return (logits.double() / temperature).log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
-
-    return Conditions(oracle=oracle, tolerance=1e-4, adapters=adapters, context=256, ends=frozenset([2]))
+    return Conditions(
+        oracle=oracle_of(base, adapters), tolerance=1e-4, adapters=adapters, context=256, ends=frozenset([2])
+    )
 
 
 def embedded(base: Path) -> Engine:

@@ -9,14 +9,11 @@ import pytest
 
 pytest.importorskip("torch")
 
-import torch
 
 from bascule.runtime.engines.transformers import TransformersEngine, make
 from bascule.runtime.services.adapter_probe import NotServed, probe_served
-from bascule.trainers.base_model import load_model
-from bascule.trainers.lora import adapter_files, attach_lora
-from bascule.trainers.params import TrainParams
 from bascule.trainers.probe import probe_files, probe_ids
+from tests.engines.served import version_files, write_versions
 from tests.oracles import within
 from tests.tiny_model import make_tiny_model
 
@@ -31,29 +28,13 @@ def _cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("BASCULE_CACHE", str(tmp_path / "cache"))
 
 
-def adapter(base: Path, scale: float) -> dict[str, bytes]:
-    """An adapter's files; those of two scales are versions of one adapter, a training step apart."""
-    model = attach_lora(load_model(base), TrainParams(lora_r=4, lora_alpha=8.0), 0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.1, generator=generator)
-                if "lora_B" in name:
-                    parameter.mul_(scale)
-    return adapter_files(model)
-
-
 @pytest.fixture
 async def engine(base: Path, tmp_path: Path) -> AsyncIterator[TransformersEngine]:
     engine = make(str(base), {"threads": 1})
     assert isinstance(engine, TransformersEngine)
     await engine.start()
-    for name, scale in (("v1", 1.0), ("v2", 1.1)):
-        (tmp_path / name).mkdir()
-        for file, data in adapter(base, scale).items():
-            (tmp_path / name / file).write_bytes(data)
-        await engine.load_adapter(name, tmp_path / name)
+    for name, folder in write_versions(base, tmp_path).items():
+        await engine.load_adapter(name, folder)
     yield engine
     await engine.close()
 
@@ -71,7 +52,7 @@ class Stale:
 async def test_an_adapter_that_is_served_as_published_passes(engine: TransformersEngine, base: Path) -> None:
     ids = probe_ids(base)
     for name, scale in (("v1", 1.0), ("v2", 1.1)):
-        probe = probe_files(base, adapter(base, scale), ids)
+        probe = probe_files(base, version_files(base, scale), ids)
         served = await probe_served(engine, await engine.start(), name, probe, {})
         within("log-probabilities of a served adapter", "the trainer's forward pass", served.largest, 1e-4)
         assert served.tokens == len(ids) - 1
@@ -82,6 +63,6 @@ async def test_an_adapter_that_is_served_as_published_passes(engine: Transformer
 async def test_a_stale_adapter_and_a_forgotten_one_are_caught(
     engine: TransformersEngine, base: Path, instead: str | None
 ) -> None:
-    probe = probe_files(base, adapter(base, 1.1), probe_ids(base))
+    probe = probe_files(base, version_files(base, 1.1), probe_ids(base))
     with pytest.raises(NotServed, match=r"'v2' is not served as it was trained"):
         await probe_served(Stale(engine, instead), await engine.start(), "v2", probe, {})

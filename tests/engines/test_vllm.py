@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Sequence
-from functools import cache
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,8 @@ from bascule.runtime.services.adapter_probe import NotServed, probe_served
 from bascule.schemas.errors import ConfigError, EngineError, PromptError
 from bascule.schemas.trajectory import Sampling, unpack_floats, unpack_ids
 from bascule.trainers.base_model import load_model
-from bascule.trainers.lora import adapter_files, attach_lora
-from bascule.trainers.params import TrainParams
 from bascule.trainers.probe import probe_files, probe_ids
+from tests.engines.served import oracle_of, write_versions
 from tests.engines.vllm_protocol import KEY, Refusal, VllmProtocol
 from tests.tiny_model import make_tiny_model
 
@@ -47,19 +45,7 @@ def _surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two versions of one adapter, a training step apart."""
-    found = {}
-    for name, scale in (("v1", 1.0), ("v2", 1.1)):
-        model = attach_lora(load_model(base), TrainParams(lora_r=4, lora_alpha=8.0), 0)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                if "lora_" in key:
-                    parameter.normal_(std=0.1, generator=generator).mul_(scale if "lora_B" in key else 1.0)
-        found[name] = tmp_path_factory.mktemp(name)
-        for file, data in adapter_files(model).items():
-            (found[name] / file).write_bytes(data)
-    return found
+    return write_versions(base, tmp_path_factory.mktemp("versions"))
 
 
 @pytest.fixture
@@ -103,19 +89,9 @@ def files(folder: Path) -> dict[str, bytes]:
 async def test_it_keeps_what_the_kit_asks_of_every_engine(
     base: Path, tmp_path: Path, servers: list[VllmProtocol], adapters: dict[str, Path]
 ) -> None:
-    from peft import PeftModel
-
-    @cache
-    def model(adapter: str | None) -> Any:
-        plain = load_model(base)
-        return plain if adapter is None else PeftModel.from_pretrained(plain, adapters[adapter]).eval()
-
-    @torch.inference_mode()
-    def oracle(prompt: Sequence[int], ids: Sequence[int], temperature: float, adapter: str | None) -> list[float]:
-        logits = model(adapter)(input_ids=torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
-        return (logits.double() / temperature).log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
-
-    given = Conditions(oracle=oracle, tolerance=1e-4, adapters=adapters, context=256, ends=frozenset([2]))
+    given = Conditions(
+        oracle=oracle_of(base, adapters), tolerance=1e-4, adapters=adapters, context=256, ends=frozenset([2])
+    )
     checks = [c async for c in check_engine(client(base, tmp_path, *servers), given)]
     assert {c.name: c.found for c in checks if c.outcome != "held"} == {}
     assert all(server.asked for server in servers)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from bascule.trainers.base_model import DEFAULT_MODEL, load_model, resolve_model
 from bascule.trainers.lora import adapter_files, attach_lora
 from bascule.trainers.params import TrainParams
 from bascule.trainers.probe import probe_files, probe_ids
+from tests.engines.served import oracle_of
 
 CONTEXT = 512
 
@@ -84,25 +84,10 @@ async def engine(tmp_path: Path) -> AsyncIterator[vllm.VllmEngine]:
     await engine.close()
 
 
-def oracle_of(adapters: dict[str, Path]) -> Any:
-    from peft import PeftModel
-
-    @cache
-    def model(adapter: str | None) -> Any:
-        plain = load_model(resolve_model())
-        return plain if adapter is None else PeftModel.from_pretrained(plain, adapters[adapter]).eval()
-
-    @torch.inference_mode()
-    def oracle(prompt: Sequence[int], ids: Sequence[int], temperature: float, adapter: str | None) -> list[float]:
-        logits = model(adapter)(input_ids=torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
-        return (logits.double() / temperature).log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
-
-    return oracle
-
-
 async def test_it_keeps_what_the_kit_asks_of_every_engine(engine: vllm.VllmEngine, adapters: dict[str, Path]) -> None:
     await engine.start()  # before the kit's patience begins
-    given = Conditions(oracle=oracle_of(adapters), tolerance=1e-3, adapters=adapters, context=CONTEXT, max_tokens=4)
+    oracle = oracle_of(resolve_model(), adapters)
+    given = Conditions(oracle=oracle, tolerance=1e-3, adapters=adapters, context=CONTEXT, max_tokens=4)
     checks = [c async for c in check_engine(engine, given)]
     assert {c.name: c.found for c in checks if c.outcome == "broken"} == {}
     assert {c.name for c in checks if c.outcome == "held"} > {"logprobs", "oracle", "adapters", "two-adapters"}
@@ -111,7 +96,8 @@ async def test_it_keeps_what_the_kit_asks_of_every_engine(engine: vllm.VllmEngin
 async def test_a_hot_swap_under_load_attributes_every_answer_and_a_stale_version_is_caught(
     engine: vllm.VllmEngine, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
-    base, oracle = resolve_model(), oracle_of(adapters)
+    base = resolve_model()
+    oracle = oracle_of(base, adapters)
     ids = probe_ids(base)
     files = {name: {p.name: p.read_bytes() for p in folder.iterdir()} for name, folder in adapters.items()}
     probes = {name: probe_files(base, held, ids) for name, held in files.items()}
