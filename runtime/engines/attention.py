@@ -36,10 +36,10 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Prefix:
-    """Token ids and, for each layer, their keys and values [K, P, D]."""
+    """Token ids and, for each layer that was computed, their keys and values [K, P, D]."""
 
     ids: tuple[int, ...]
-    layers: tuple[KeysValues, ...]
+    layers: list[KeysValues] = field(default_factory=list)
 
 
 def register(model: Any) -> None:
@@ -78,12 +78,18 @@ def _attention(
 class Prefill:
     """One or more sequences behind one prefix; keeps their keys and values.
 
+    Args:
+        fills: the prefix that the one sequence extends ``prefix`` to. Rows that follow in the same pass may use it.
+
     Attributes:
         own: for each layer, keys and values [R, K, L, D] of the sequences, padded at the right.
     """
 
-    def __init__(self, prefix: Prefix | None, lengths: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self, prefix: Prefix | None, lengths: Sequence[int], device: torch.device, fills: Prefix | None = None
+    ) -> None:
         self.prefix = prefix
+        self._fills = fills
         self.own: list[KeysValues] = []
         self.rows, self.longest = len(lengths), max(lengths)
         self._slots = None
@@ -95,11 +101,13 @@ class Prefill:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         q, k, v = self._padded(q), self._padded(k), self._padded(v)
-        self.own.append((k, v))
+        self.own.append((k.contiguous(), v.contiguous()))  # else every pass that decodes behind them copies them
         if self.prefix:
             shared_k, shared_v = self.prefix.layers[layer]
             k = torch.cat([shared_k.expand(self.rows, -1, -1, -1), k], dim=2)
             v = torch.cat([shared_v.expand(self.rows, -1, -1, -1), v], dim=2)
+        if self._fills:
+            self._fills.layers.append((k[0].contiguous(), v[0].contiguous()))
         out = scaled_dot_product_attention(q, k, v, attn_mask=self._mask, scale=scale, enable_gqa=True)
         out = out.transpose(1, 2).flatten(0, 1)
         return out if self._slots is None else out[self._slots]

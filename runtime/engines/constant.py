@@ -46,11 +46,14 @@ def make(model: str, params: dict[str, Any]) -> Engine:
     """``params["text"]`` is the answer.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or it is not text.
     """
     del model
-    if not isinstance(params.get("text"), str):
+    text = params.get("text")
+    if not isinstance(text, str):
+        found = "there is none" if text is None else f"{text!r} is of type {type(text).__name__}"
         raise ConfigError(
-            "The engine constant needs the parameter text.", next_step="Set engine.params.text to the answer."
+            f"The engine constant needs the parameter text, and {found}.",
+            next_step="Set engine.params.text to the answer; in quotes where it looks like a number.",
         )
-    return ConstantEngine(params["text"])
+    return ConstantEngine(text)

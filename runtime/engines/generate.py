@@ -104,11 +104,23 @@ class _Prefilling:
         prompts: their own tokens, behind what ``state`` has as their prefix.
         state: keeps their keys and values.
         rows: what is sampled from them, each with the index of its prompt; none for a prefix.
+        ahead: the prefix of ``state``, to be computed in the same pass.
     """
 
     prompts: Sequence[Ids]
     state: Prefill
     rows: Sequence[tuple[Row, int]] = ()
+    ahead: _Prefilling | None = None
+
+    @property
+    def parts(self) -> list[_Prefilling]:
+        """In the order of their tokens in the pass."""
+        return [*(self.ahead.parts if self.ahead else ()), self]
+
+    @property
+    def size(self) -> int:
+        """Tokens of ``prompts``."""
+        return sum(map(len, self.prompts))
 
 
 @dataclass(eq=False)
@@ -309,16 +321,24 @@ class Generator:
         for row in rows:
             by_prompt.setdefault(row.prompt, []).append(row)
         for shared, group in clusters(list(by_prompt)):
-            prefix = yield from self._prefix(batch.adapter, group[0][:shared], len(group))
+            prefix, ahead = yield from self._prefix(batch.adapter, group[0][:shared], len(group))
             for prompts in self._cut(group, len(prefix.ids) if prefix else 0):
                 behind, before = prefix, len(prefix.ids) if prefix else 0
-                if len(prompts[0]) - before > self.limits.tokens:
-                    behind = yield from self._extended(prefix, prompts[0][before:-1])
+                size = sum(len(p) - before for p in prompts)
+                if ahead and ahead.size + size > self.limits.tokens:
+                    yield ahead
+                    ahead = None
+                if size > self.limits.tokens:
+                    behind, ahead = yield from self._extended(prefix, prompts[0][before:-1])
                 queue = [row for prompt in prompts for row in by_prompt[prompt]]
                 while queue := [row for row in queue if row not in batch.cancelled]:
                     taken = self._fitting(batch, len(behind.ids) if behind else 0, queue)
                     queue = queue[len(taken) :]
-                    yield self._prefilling(behind, taken) if taken else None
+                    if not taken:
+                        yield None
+                        continue
+                    yield self._prefilling(behind, taken, ahead)
+                    ahead = None
 
     def _fitting(self, batch: _Batch, before: int, queue: Sequence[Row]) -> list[Row]:
         """The first rows of a queue whose keys and values find room; at least one where nothing else decodes."""
@@ -353,47 +373,48 @@ class Generator:
             size += own
         yield block
 
-    def _prefix(self, adapter: str | None, ids: Ids, users: int) -> Coroutine[_Prefilling | None, None, Prefix | None]:
-        """The longest kept prefix of ``ids``, extended to all of them where that saves work."""
-        best = None
+    def _prefix(
+        self, adapter: str | None, ids: Ids, users: int
+    ) -> Coroutine[_Prefilling | None, None, tuple[Prefix | None, _Prefilling | None]]:
+        """The longest kept prefix of ``ids``, extended to all of them where that saves work; see :meth:`_extended`."""
+        best = ahead = None
         for (owner, kept), prefix in self._prefixes.items():
             longer = best is None or len(kept) > len(best.ids)
-            if owner == adapter and longer and ids[: len(kept)] == kept:
+            computed = len(prefix.layers) == self._layers
+            if owner == adapter and longer and computed and ids[: len(kept)] == kept:
                 best = prefix
         missing = len(ids) - (len(best.ids) if best else 0)
         if missing * (users - 1) > _SPLIT // 2 and len(ids) >= _SHORTEST:
-            best = yield from self._extended(best, ids[len(ids) - missing :])
+            best, ahead = yield from self._extended(best, ids[len(ids) - missing :])
         if best is None:
-            return None
+            return None, None
         self._prefixes[adapter, best.ids] = best
         self._prefixes.move_to_end((adapter, best.ids))
         while len(self._prefixes) > 1 and sum(len(k[1]) for k in self._prefixes) > self.limits.prefix_tokens:
             self._prefixes.popitem(last=False)
-        return best
+        return best, ahead
 
-    def _extended(self, prefix: Prefix | None, ids: Ids) -> Coroutine[_Prefilling | None, None, Prefix]:
+    def _extended(
+        self, prefix: Prefix | None, ids: Ids
+    ) -> Coroutine[_Prefilling | None, None, tuple[Prefix, _Prefilling]]:
+        """The prefix with ``ids`` behind it, and what computes the last of them: before, or with, what uses it."""
         for start in range(0, len(ids), self.limits.tokens):
             part = ids[start : start + self.limits.tokens]
-            state = Prefill(prefix, [len(part)], self.model.device)
-            yield _Prefilling([part], state)
-            own = [(k[0], v[0]) for k, v in state.own]
-            if prefix:
-                own = [
-                    (torch.cat([a, k], 1), torch.cat([b, v], 1))
-                    for (a, b), (k, v) in zip(prefix.layers, own, strict=True)
-                ]
-            before = prefix.ids if prefix else ()
-            prefix = Prefix(before + part, tuple((k.contiguous(), v.contiguous()) for k, v in own))
+            longer = Prefix((prefix.ids if prefix else ()) + part)
+            last = _Prefilling([part], Prefill(prefix, [len(part)], self.model.device, longer))
+            if start + len(part) < len(ids):
+                yield last
+            prefix = longer
         assert prefix is not None
-        return prefix
+        return prefix, last
 
-    def _prefilling(self, prefix: Prefix | None, rows: Sequence[Row]) -> _Prefilling:
+    def _prefilling(self, prefix: Prefix | None, rows: Sequence[Row], ahead: _Prefilling | None) -> _Prefilling:
         """The prompts of rows, which are grouped by prompt."""
         before = len(prefix.ids) if prefix else 0
         number = {prompt: i for i, prompt in enumerate(dict.fromkeys(row.prompt for row in rows))}
         own = [prompt[before:] for prompt in number]
         state = Prefill(prefix, [len(o) for o in own], self.model.device)
-        return _Prefilling(own, state, [(row, number[row.prompt]) for row in rows])
+        return _Prefilling(own, state, [(row, number[row.prompt]) for row in rows], ahead)
 
     def _pass(self, batch: _Batch, prefilling: _Prefilling | None) -> list[Answer]:
         """Compute prompts, and one token of every row that decodes; sample the next of all of them."""
@@ -403,13 +424,14 @@ class Generator:
         positions: list[int] = []
         wanted: list[int] = []
         states: list[tuple[Any, int]] = []
-        if prefilling is not None:
-            before = len(prefilling.state.prefix.ids) if prefilling.state.prefix else 0
-            for prompt in prefilling.prompts:
+        for part in prefilling.parts if prefilling else ():
+            before = len(part.state.prefix.ids) if part.state.prefix else 0
+            for prompt in part.prompts:
                 ids += prompt
                 positions += range(before, before + len(prompt))
-                wanted.append(len(ids) - 1)
-            states.append((prefilling.state, len(ids)))
+                if part is prefilling:
+                    wanted.append(len(ids) - 1)
+            states.append((part.state, part.size))
         if rows:
             decode.begin(self.model.device)
             wanted += range(len(ids), len(ids) + len(rows))

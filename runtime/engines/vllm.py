@@ -212,16 +212,17 @@ class VllmEngine:
             raise self._unknown("A probe", adapter)
 
         async def score(replica: Replica) -> tuple[float, ...]:
-            async with self._phase(replica, adapter):
+            # By itself: prompt log-probabilities beside other calls of adapters end vLLM 0.32 on a CPU.
+            async with self._phase(replica, object()):
                 return await replica.score(adapter or self._served[replica.name].model, tuple(ids))
 
         return tuple(await self._call(self._each(score)))
 
-    def _phase(self, replica: Replica, adapter: str | None) -> AbstractAsyncContextManager[None]:
-        """Keeps the base model's calls on a replica apart from those of adapters, unless ``mixed`` says otherwise."""
+    def _phase(self, replica: Replica, kind: object) -> AbstractAsyncContextManager[None]:
+        """Keeps calls of one kind on a replica apart from those of others, unless ``mixed`` says otherwise."""
         if self.params.mixed:
             return contextlib.nullcontext()
-        return self._phases.setdefault(replica.name, Phases()).of(adapter is None)
+        return self._phases.setdefault(replica.name, Phases()).of(kind)
 
     async def _sample(self, request: SampleRequest) -> Sampled:
         adapter = request.adapter
@@ -238,7 +239,7 @@ class VllmEngine:
                 served = self._served[replica.name].model
                 asked = 1 if request.sampling.temperature == 0 else request.n  # vLLM takes no n > 1 when greedy
                 sampling, ends = self._form.asked(request.sampling)
-                async with self._phase(replica, adapter):
+                async with self._phase(replica, "base" if adapter is None else "adapters"):
                     outputs = await replica.complete(adapter or served, prompt, asked, sampling, request.seed, ends)
                 outputs = tuple(self._form.read(o, request.sampling) for o in outputs) * (request.n // asked)
             finally:
