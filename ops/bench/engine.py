@@ -57,7 +57,7 @@ def generate(model: Any, prompts: list[tuple[int, ...]], pad: int) -> list[list[
     return [row[longest:].tolist() for row in out]
 
 
-def run(model_name: str = DEFAULT_MODEL, repeats: int = 3) -> tuple[dict[str, Figure], list[str]]:
+def run(model_name: str = DEFAULT_MODEL, repeats: int = 5) -> tuple[dict[str, Figure], list[str]]:
     """Measure in turns, prefixes forgotten before each, and compare the greedy answers.
 
     Raises:
