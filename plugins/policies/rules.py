@@ -29,8 +29,9 @@ best_of_n  the start is cold: success below ``cold_success`` and  0.7    winners
 
 The rows are those that arXiv:2605.27276 publishes, but for two that ``ops/bench/selector.py`` speaks against, with a
 tiny model and equally many samples: where rewards are continuous and skewed, reinforce, which keeps their distances,
-found better answers than entropic; where they are ranks, grpo, which samples anew and scales each group's rewards, was
-better than one update on pairs. What is published comes next there.
+found better answers on average than entropic, which is made for the best one, also at the same learning rate; where
+they are ranks, grpo, which samples anew and scales each group's rewards, was better than one update on pairs. What is
+published comes next there.
 
 ``trl-grpo`` trains as grpo does, with TRL, and is taken only where the parameter ``algorithm`` asks for it.
 
