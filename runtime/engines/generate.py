@@ -155,6 +155,13 @@ class _Batch:
     def empty(self) -> bool:
         return not (self.waiting or self.planned or self.live)
 
+    def wanted(self, queue: Sequence[Row]) -> list[Row]:
+        """Those of planned rows that were not cancelled. The others are planned no more: they may be asked for anew."""
+        for row in self.cancelled.intersection(queue):
+            del self.planned[row]
+            self.cancelled.discard(row)
+        return [row for row in queue if row in self.planned]
+
 
 class Generator:
     """Samples from one model: rows are submitted, and every step is one pass. Not safe for threads.
@@ -331,7 +338,7 @@ class Generator:
                 if size > self.limits.tokens:
                     behind, ahead = yield from self._extended(prefix, prompts[0][before:-1])
                 queue = [row for prompt in prompts for row in by_prompt[prompt]]
-                while queue := [row for row in queue if row not in batch.cancelled]:
+                while queue := batch.wanted(queue):
                     taken = self._fitting(batch, len(behind.ids) if behind else 0, queue)
                     queue = queue[len(taken) :]
                     if not taken:

@@ -154,6 +154,22 @@ def test_cancelled_rows_leave_at_the_next_pass(
     assert not generator.busy
 
 
+def test_a_row_that_is_cancelled_while_it_waits_for_room_may_be_asked_for_again(
+    make: Callable[..., Generator], rows: Callable[..., list[Row]]
+) -> None:
+    generator = make(kv_mib=1)
+    asked = rows(0, 48, tokens=110)
+    generator.submit(None, asked)
+    while not any(batch.live for batch in generator._batches.values()):
+        generator.step()
+    waiting = [row for row in asked if row in generator._batches[None].planned]
+    assert waiting
+    generator.cancel(None, waiting[:1])
+    generator.step()
+    generator.submit(None, waiting[:1])
+    assert {row for _, row in outputs(finish(generator))} == set(asked)
+
+
 def test_a_row_that_is_asked_again_while_it_decodes_is_answered_once(
     make: Callable[..., Generator], rows: Callable[..., list[Row]]
 ) -> None:
@@ -185,6 +201,10 @@ def test_whoever_joins_or_leaves_when_memory_holds_and_answers_are_the_same(
             if draw.random() < 0.3:
                 generator.cancel(adapter, new[::2])
                 gone |= {(adapter, row) for row in new[::2]}
+        if gone and draw.random() < 0.3:
+            again = draw.choice(sorted(gone, key=str))
+            generator.submit(again[0], [again[1]])
+            gone.discard(again)
         answers += generator.step()
         live = [batch.live for batch in generator._batches.values()]
         assert sum(map(len, live)) <= limits["rows"]
