@@ -185,11 +185,12 @@ class VllmEngine:
                     f"An adapter with other content is already loaded as {name!r}.",
                     next_step="Give every version of an adapter a name of its own.",
                 )
+            took: list[Replica] = []
             try:
                 self._check_rank(name, path)
-                await self._each(lambda replica: self._load_on(replica, name, seen))
+                await self._each(lambda replica: self._load_on(replica, name, seen, took))
             except BaseException:
-                await self._remove(name, path)
+                await self._remove(name, path, took if self._shared else self._replicas)
                 raise
             self._loaded[name] = seen
             self._leaving.discard(name)
@@ -323,12 +324,18 @@ class VllmEngine:
                 next_step="Set engine.params.max_lora_rank to at least lora_r.",
             )
 
-    async def _load_on(self, replica: Replica, name: str, folder: str) -> None:
+    async def _load_on(self, replica: Replica, name: str, folder: str, took: list[Replica]) -> None:
+        """Load an adapter, unless the replica has it; ``took`` gets the replica if it was this engine that did."""
         there = (await replica.served()).adapters
         if name in there and there[name] != folder:  # of a process before this one
             await replica.unload(name)
         if there.get(name) != folder:
-            await replica.load(name, folder)
+            try:
+                await replica.load(name, folder)
+                took.append(replica)
+            except EngineError:
+                if (await replica.served()).adapters.get(name) != folder:  # else another worker was first
+                    raise
         if name not in (await replica.served()).adapters:
             raise EngineError(
                 f"{replica.name} took the adapter {name!r} and does not list it.",
@@ -341,19 +348,20 @@ class VllmEngine:
                 self._leaving.discard(name)
                 seen = self._loaded.pop(name)
                 assert self._files is not None
-                await self._remove(name, self._files.here(seen))
+                await self._remove(name, self._files.here(seen), self._replicas)
 
-    async def _remove(self, name: str, path: Path) -> None:
-        """Take an adapter from all replicas that have it, then its files."""
+    async def _remove(self, name: str, path: Path, replicas: Sequence[Replica]) -> None:
+        """Take an adapter from those of the replicas that have it, and its files once none has it any more."""
         assert self._files is not None
-
-        async def take(replica: Replica) -> None:
-            if name in (await replica.served()).adapters:
-                await replica.unload(name)
-
-        with contextlib.suppress(EngineError):  # a server that is gone has none
-            await self._each(take)
-        await asyncio.to_thread(self._files.forget, path)
+        left = False
+        for replica in self._replicas:
+            with contextlib.suppress(EngineError):  # a server that is gone has none
+                there = name in (await replica.served()).adapters
+                if there and replica in replicas:
+                    await replica.unload(name)
+                left = left or (there and replica not in replicas)
+        if not left:
+            await asyncio.to_thread(self._files.forget, path)
 
     # Start and end.
 

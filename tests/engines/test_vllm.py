@@ -129,6 +129,21 @@ async def test_an_adapter_is_on_every_replica_or_on_none(
     await engine.close()
 
 
+async def test_workers_that_load_an_adapter_at_once_all_have_it(
+    base: Path, tmp_path: Path, servers: list[VllmProtocol], adapters: dict[str, Path]
+) -> None:
+    workers = [client(base, tmp_path, *servers) for _ in range(4)]
+    for engine in workers:
+        await engine.start()
+    await asyncio.gather(*(engine.load_adapter("v1", adapters["v1"]) for engine in workers))
+    for engine in workers:
+        assert (await engine.sample(request(adapter="v1"))).outputs
+    for server in servers:
+        assert files(Path(server.served["v1"])) == files(adapters["v1"])
+    for engine in workers:
+        await engine.close()
+
+
 async def test_another_process_finds_what_is_loaded_and_replaces_what_is_other(
     base: Path, tmp_path: Path, servers: list[VllmProtocol], adapters: dict[str, Path]
 ) -> None:
@@ -248,6 +263,10 @@ async def test_errors_of_the_server_are_one_paragraph_with_a_next_step(
     with pytest.raises(EngineError, match="401") as caught:
         await client(base, tmp_path, server).start()
     assert "sk-another" not in str(caught.value)
+    monkeypatch.setenv("PROTOCOL_KEY", f"{KEY}\nmore")
+    with pytest.raises(EngineError, match=r"PROTOCOL_KEY.* holds white space") as refused:
+        await client(base, tmp_path, server).start()
+    assert KEY not in str(refused.value)
     monkeypatch.delenv("PROTOCOL_KEY")
     with pytest.raises(EngineError, match="PROTOCOL_KEY"):
         await client(base, tmp_path, server).start()

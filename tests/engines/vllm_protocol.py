@@ -55,6 +55,7 @@ class VllmProtocol:
         self.fail: Refusal | None = None
         self.open = self.cut = 0
         self.asked: list[str] = []
+        self._loading = asyncio.Lock()
         self.held = asyncio.Event()
         self.held.set()
 
@@ -98,7 +99,7 @@ class VllmProtocol:
     ) -> tuple[int, dict[str, Any] | str]:
         try:
             if headers.get("authorization") != f"Bearer {KEY}":
-                raise Refusal(401, "Unauthorized")
+                raise Refusal(401, f"Received {headers.get('authorization')}")
             if self.fail is not None and path == "/v1/completions":
                 raise self.fail
             match method, path:
@@ -148,10 +149,11 @@ class VllmProtocol:
             raise Refusal(400, "Both 'lora_name' and 'lora_path' must be provided.")
         if self.refuse_load:
             raise Refusal(500, "No room for another adapter")
-        if name in self.served:
-            raise Refusal(400, f"The lora adapter '{name}' has already been loaded.")
-        await self._engine.load_adapter(self._inner(name), Path(self.stale.get(name, folder)))
-        self.served[name] = folder
+        async with self._loading:  # one after another, as vLLM does
+            if name in self.served:
+                raise Refusal(400, f"The lora adapter '{name}' has already been loaded.")
+            await self._engine.load_adapter(self._inner(name), Path(self.stale.get(name, folder)))
+            self.served[name] = folder
         return f"Success: LoRA adapter '{name}' added successfully."
 
     async def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
