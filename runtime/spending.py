@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from bascule.plugins.models.endpoint import Endpoint
 from bascule.schemas import events as ev
 from bascule.schemas.budget import Bounds, Price
 from bascule.schemas.landscape import Measured
@@ -156,9 +157,22 @@ def before_the_stop(spending: Spending, lever: str | None = None) -> Spent:
     )
 
 
+def paid_target(config: RunConfig) -> str | None:
+    """The model that episodes ask, where somebody else serves it and wants money for its tokens."""
+    asked = str(config.engine.params.get("model") or "")
+    match config.engine.name:
+        case "anthropic":
+            return Endpoint(provider="anthropic", model=asked).named
+        case "openai":
+            return asked or config.model
+    return None
+
+
 def unpriced(spent: Spent, config: RunConfig) -> tuple[str, ...]:
     """What was spent and has no price: models by name, ``gpu_hour``, ``cpu_hour``."""
-    models = sorted(model for model in spent.models if model not in config.prices)
+    target = paid_target(config)
+    called = {*spent.models, *((target,) if target and (spent.prompt_tokens or spent.output_tokens) else ())}
+    models = sorted(model for model in called if model not in config.prices)
     gpu = ("gpu_hour",) if spent.gpu_seconds and config.machine.gpu_hour is None else ()
     cpu = ("cpu_hour",) if spent.cpu_seconds and config.machine.cpu_hour is None else ()
     return (*models, *gpu, *cpu)
@@ -168,7 +182,7 @@ def dollars(spent: Spent, config: RunConfig) -> float:
     """What it cost, by the run's prices; what has none counts as nothing, see :func:`unpriced`."""
     per_hour = config.machine
     cost = (spent.gpu_seconds * (per_hour.gpu_hour or 0.0) + spent.cpu_seconds * (per_hour.cpu_hour or 0.0)) / _HOUR
-    own = config.prices.get(config.model)
+    own = config.prices.get(paid_target(config) or config.model)
     if own is not None:
         cost += tokens_cost(Tokens(input=spent.prompt_tokens, output=spent.output_tokens), own)
     return cost + sum(

@@ -20,6 +20,7 @@ from bascule.runtime.cli.harness_folder import check_harness
 from bascule.runtime.log.rules import MAX_BATCH
 from bascule.runtime.services.budgets import bounds_dollars, check_prices
 from bascule.runtime.services.inference import check_trainable, engine_params
+from bascule.runtime.spending import paid_target
 from bascule.runtime.world import World, merged, plain, task_digest
 from bascule.schemas.errors import ConfigError, TrainError
 from bascule.schemas.events import RunStarted
@@ -276,7 +277,8 @@ def check_budget(world: World) -> None:
     if not bounds_dollars(world.config):
         return
     callers = [x for x in (world.policy, world.author) if isinstance(x, CallsModels)]
-    check_prices(world.config, [model for caller in callers for model in caller.models])
+    target = paid_target(world.config)
+    check_prices(world.config, [*(m for c in callers for m in c.models), *((target,) if target else ())])
 
 
 def check_splits(world: World) -> None:

@@ -137,7 +137,7 @@ def check_prices(config: RunConfig, models: Iterable[str]) -> None:
     """Refuse a budget in dollars that nobody could hold the run to.
 
     Args:
-        models: that policy and author call.
+        models: that policy, author and episodes call.
 
     Raises:
         ConfigError: names the first price that is missing.

@@ -280,6 +280,9 @@ def test_dollars_without_prices_are_refused_before_the_run_starts(monkeypatch: p
         preflight(configure(SMALL, ["budget.levers.harness.dollars=1", "machine.gpu_hour=0"], plugins()), plugins())
     machine = ["budget.dollars=1", "machine.gpu_hour=2.5", "machine.cpu_hour=0"]
     assert preflight(configure(SMALL, machine, plugins()), plugins()).config.budget.dollars == 1.0
+    remote = ["engine.name=openai", "engine.params.model=behind", 'levers=["harness"]']
+    with pytest.raises(ConfigError, match="the model 'behind' has no price"):
+        preflight(configure(SMALL, [*machine, *remote], plugins()), plugins())
     caller = Caller()
     monkeypatch.setitem(plugins().registry.policies.items, "rules", lambda _: caller)
     with pytest.raises(ConfigError, match="the model 'claude' has no price"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+import msgspec
 import pytest
 
 from bascule.runtime.audit.cost import budget_rows, cost_report
@@ -165,6 +166,32 @@ def test_a_dollar_is_what_tokens_and_machines_cost_by_the_given_prices() -> None
     state = folded(requested("g00-dev", 0), logged("g00-dev", 0, GPU))
     (spent,) = state.spending.values()
     assert dollars(spent, CONFIG) == pytest.approx((10 * 1 + 3 * 2) / 1e6 + 0.5 * 3.6 / 3600)
+
+
+@pytest.mark.parametrize(
+    ("engine", "params", "target"),
+    [
+        ("anthropic", {}, "claude-sonnet-5-5"),
+        ("anthropic", {"model": "x"}, "x"),
+        ("openai", {}, "own"),
+        ("openai", {"model": "x"}, "x"),
+    ],
+)
+def test_the_tokens_of_a_model_behind_an_endpoint_cost_its_price(
+    engine: str, params: dict[str, str], target: str
+) -> None:
+    config = RunConfig(
+        task=PluginChoice(name="arith"),
+        model="own",
+        engine=PluginChoice(name=engine, params=params),
+        prices={target: Price(input=5.0, output=25.0)},
+        machine=MachinePrice(gpu_hour=0.0, cpu_hour=0.0),
+    )
+    state = folded(requested("g00-dev", 0), logged("g00-dev", 0, WorkMeasured(seconds=1.0)), config=config)
+    (spent,) = state.spending.values()
+    assert dollars(spent, config) == pytest.approx((10 * 5 + 3 * 25) / 1e6)
+    assert unpriced(spent, config) == ()
+    assert unpriced(spent, msgspec.structs.replace(config, prices={})) == (target,)
 
 
 def test_what_has_no_price_is_named_and_not_taken_for_free() -> None:
