@@ -27,13 +27,14 @@ def evidence_text(given: AuthorInput, room: int) -> str:
     room -= _ROOM * len(clusters)
     for turn in range(max((len(members) for _, members in clusters), default=0)):
         for kind, members in clusters:
-            if turn < len(members) and (room := room - _size(told := _shown(given, members[turn]))) >= 0:
+            if turn < len(members) and (size := _size(told := _shown(given, members[turn]))) <= room:
                 shown[kind].append(told)
+                room -= size
     successes: list[dict[str, Any]] = []
     for member in passed:
-        if (room := room - _size(told := _shown(given, member))) < 0:
-            break
-        successes.append(told)
+        if (size := _size(told := _shown(given, member))) <= room:
+            successes.append(told)
+            room -= size
     lines = [f"Of {len(given.evidence)} episodes of the present harness on train, {len(failed)} failed. By kind:"]
     lines += [
         as_data("failures", {"kind": kind, "count": len(members), "examples": shown[kind]})

@@ -89,10 +89,17 @@ def material_of(given: AuthorInput, *, without: Iterable[str] = ()) -> Material:
     )
 
 
+def known_form(params: Params) -> bool:
+    """Whether these are parameters as edits know them; those of another author's harness may be anything."""
+    shots = params.get("shots", ())
+    quotable = isinstance(shots, list | tuple) and all(isinstance(s, dict) and "question" in s for s in shots)
+    return quotable and params.get("form") in ("chat", "completion")
+
+
 def edit_of(harness: Harness, operator: Operator) -> Params | None:
     """The parameters after ``operator``, material aside; None where it does not apply to ``harness``."""
     params = harness.manifest.params
-    if params.get("form") not in ("chat", "completion"):
+    if not known_form(params):
         return None
     if operator.marker and operator.marker in harness.files["system_prompt.md"]:
         return None

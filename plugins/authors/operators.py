@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import msgspec
 
 from bascule.plugins.authors.edit_table import of_version
-from bascule.plugins.authors.edits import Family, Material, edited, material_of, untried
+from bascule.plugins.authors.edits import Family, Material, edited, known_form, material_of, untried
 from bascule.plugins.authors.halving import Round, Standing, excess, kept, rounds
 from bascule.plugins.authors.operators_first import ranked
 from bascule.plugins.authors.trials import ordered, rewards
@@ -142,7 +142,8 @@ def tried_on(given: AuthorInput, most: int) -> tuple[int, ...]:
     None is in a group with an example of the promoted harness. Where items may be quoted, half of the groups are left
     for that, those first that the landscape has asked, of which the harness's own answers are known.
     """
-    quoted = {shot["question"] for shot in given.harness.manifest.params.get("shots", ()) if "question" in shot}
+    params = given.harness.manifest.params
+    quoted = {shot["question"] for shot in params.get("shots", ())} if known_form(params) else set()
     shown = {e.group for e in given.train if e.input.get("question") in quoted}
     groups = {e.group for e in given.train}
     order = [p for p in ordered(given.train, salt=f"{given.seed} trials") if given.train[p].group not in shown]

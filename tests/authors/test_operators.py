@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from typing import Any, Literal
@@ -246,6 +247,15 @@ def test_a_harness_that_reads_no_parameters_is_left_alone() -> None:
     own = make_harness(files)
     assert isinstance(AUTHOR.step(asked(own), ()), NoEdit)
     assert AUTHOR.edits_left(own, ()) == 0
+
+
+@pytest.mark.parametrize("shots", [4, ["two"], [{"input": "1 + 1"}]])
+def test_parameters_of_another_authors_that_look_like_ours_are_left_alone(shots: Any) -> None:
+    manifest = {"name": "other", "params": {"form": "chat", "shots": shots}}
+    files = {"harness.py": "def solve(*_): ...", "manifest.json": json.dumps(manifest), "system_prompt.md": ""}
+    other = make_harness(files)
+    assert AUTHOR.edits_left(other, ()) == 0
+    assert isinstance(AUTHOR.step(asked(other), ()), NoEdit)
 
 
 @pytest.mark.parametrize(
