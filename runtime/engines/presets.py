@@ -46,9 +46,11 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True):
     note: str = ""
 
     def said(self, text: str) -> str:
-        """The answer in a text: what follows the thinking, where there was some."""
-        if not self.thinking_ends or self.thinking_ends not in text:
+        """The answer in a text: what follows the thinking, where there was some; nothing where that did not end."""
+        if not self.thinking_ends:
             return text
+        if self.thinking_ends not in text:
+            return "" if text.lstrip().startswith(self.thinking_ends.replace("/", "")) else text
         return text.partition(self.thinking_ends)[2].lstrip("\n")
 
 

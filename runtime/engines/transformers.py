@@ -105,11 +105,13 @@ class TransformersEngine:
             self._worker.start()
             try:
                 self.info = await self._off_loop(self._load)
-            except BasculeError as error:
+            except BaseException as error:
                 self._jobs.put(None)
-                raise EngineError(
-                    f"The engine cannot start with {self.model_name!r}: {error.message}", next_step=error.next_step
-                ) from error
+                if isinstance(error, BasculeError):
+                    raise EngineError(
+                        f"The engine cannot start with {self.model_name!r}: {error.message}", next_step=error.next_step
+                    ) from error
+                raise
             self._text = ThreadPoolExecutor(1, thread_name_prefix="bascule-engine-text")
         return self.info
 

@@ -7,6 +7,7 @@ second copy of the model is needed to compare.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from bascule.plugins.engine import EngineInfo, Scoring
@@ -86,7 +87,7 @@ def compare(
         largest = max(largest, off)
         nearest = min(apart, key=lambda who: _distance(score, apart[who]), default=None)
         nearer = nearest is not None and _distance(score, apart[nearest]) < _distance(score, own)
-        if nearer or not off <= bound:
+        if nearer or not off <= bound:  # also where it is no number
             like = f"; they are nearer to those of {nearest}" if nearer else ""
             raise NotServed(
                 f"The adapter {name!r} is not served as it was trained{which}: log-probabilities of {len(own)} tokens "
@@ -100,7 +101,7 @@ def compare(
 
 
 def _largest(one: Sequence[float], other: Sequence[float]) -> float:
-    return max(abs(a - b) for a, b in zip(one, other, strict=True))
+    return float("nan") if any(map(math.isnan, one)) else max(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
 def _distance(one: Sequence[float], other: Sequence[float]) -> float:

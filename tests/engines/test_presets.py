@@ -48,6 +48,9 @@ def test_what_is_thought_is_no_answer_and_its_tokens_are_kept() -> None:
     )
     read = form.read(thought, sampling)
     assert (read.text, read.finish_reason, read.token_ids) == ("25", "stop", b"1234")
+    cut = Output(token_ids=b"12", logprobs=b"12", text="<think>\n25 or", finish_reason="length")
+    assert form.read(cut, sampling).text == ""
+    assert form.read(Output(token_ids=b"12", logprobs=b"12", text="25"), sampling).text == "25"  # it did not think
     plain = Form(PLAIN, {})
     assert plain.asked(sampling) == (sampling, ())
     assert plain.read(thought, sampling) is thought

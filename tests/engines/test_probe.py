@@ -59,6 +59,18 @@ async def test_an_adapter_that_is_served_as_published_passes(engine: Transformer
         assert served.from_base > 0.01
 
 
+async def test_log_probabilities_that_are_no_numbers_are_caught(engine: TransformersEngine, base: Path) -> None:
+    probe = probe_files(base, version_files(base, 1.0), probe_ids(base))
+
+    class Broken:
+        async def score(self, adapter: str | None, ids: Sequence[int]) -> tuple[tuple[float, ...], ...]:
+            (right,) = await engine.score(adapter, ids)
+            return ((*right[:-1], float("nan")),)
+
+    with pytest.raises(NotServed, match="nan off"):
+        await probe_served(Broken(), await engine.start(), "v1", probe, {})
+
+
 @pytest.mark.parametrize("instead", ["v1", None])
 async def test_a_stale_adapter_and_a_forgotten_one_are_caught(
     engine: TransformersEngine, base: Path, instead: str | None
