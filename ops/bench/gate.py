@@ -136,7 +136,7 @@ def _simulate(
     def passes(own: Array, bound: Array) -> Flags:
         return mixed(difficulty, own, np.sqrt(DIFFICULTY)) < bound[:, None]
 
-    kinship, noise, half = KINSHIP[way], np.random.default_rng([generations, runs]), generations // 2
+    kinship, noise, half = KINSHIP[way], rng.spawn(1)[0], generations // 2
     first_truth = rng.uniform(0.35, 0.65, runs)
     bounds = _bound(first_truth), _bound(first_truth + effect)
     difficulty, first = normal(), normal()
@@ -187,9 +187,7 @@ def _weighted(directions: list[Array], seen: list[npt.NDArray[Any]]) -> Array:
     return np.asarray(sum(w[:, None] * d for w, d in zip(weight / size, directions, strict=True)), np.float32)
 
 
-def power(
-    rule: Rule, gain: float, *, discordance: float = DISCORDANCE, items: int = ITEMS, runs: int = 20_000
-) -> float:
+def power(rule: Rule, gain: float, *, discordance: float = DISCORDANCE, runs: int = 20_000) -> float:
     """How often a candidate that is truly better by ``gain`` is promoted when it is asked once.
 
     Args:

@@ -21,11 +21,6 @@ _LEVEL = 0.95
 Table = Sequence[Sequence[float]]
 
 
-def mean(table: Table) -> float:
-    """Of all entries; rows are equally long."""
-    return statistics.fmean(statistics.fmean(row) for row in table)
-
-
 def t_within(t: float, df: int) -> float:
     """P(-t <= T <= t) of Student's t with ``df`` degrees of freedom (Abramowitz & Stegun 1964, 26.7.3 and 26.7.4)."""
     if df < 1 or t < 0:
