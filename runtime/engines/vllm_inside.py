@@ -124,7 +124,7 @@ class InsideReplica:
                 lora_request=self._loaded.get(model),
             ):
                 last = result
-        except (ValueError, RuntimeError) as error:
+        except Exception as error:  # vLLM's own have no base class of theirs
             raise EngineError(f"{self.name} failed: {error}.", next_step="Look at what it printed.") from error
         if last is None:
             raise EngineError(f"{self.name} gave no answer.", next_step="Look at what it printed.")

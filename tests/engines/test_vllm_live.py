@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import subprocess
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,12 +54,14 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     model = attach_lora(load_model(resolve_model()), TrainParams(lora_r=8), 0)
     generator = torch.Generator().manual_seed(1)
     found = {}
+    folder = tmp_path_factory.mktemp("adapters")
     for name, steps in (("v1", 200), ("v2", 3)):
         with torch.no_grad():
             for key, parameter in model.named_parameters():
                 if "lora_" in key:
                     parameter.add_(2e-4 * steps * torch.randn(parameter.shape, generator=generator).sign())
-        found[name] = tmp_path_factory.mktemp(name)
+        found[name] = folder / name
+        found[name].mkdir()
         for file, data in adapter_files(model).items():
             (found[name] / file).write_bytes(data)
     return found
@@ -91,6 +95,23 @@ async def test_it_keeps_what_the_kit_asks_of_every_engine(engine: vllm.VllmEngin
     checks = [c async for c in check_engine(engine, given)]
     assert {c.name: c.found for c in checks if c.outcome == "broken"} == {}
     assert {c.name for c in checks if c.outcome == "held"} > {"logprobs", "oracle", "adapters", "two-adapters"}
+
+
+def test_vllm_within_a_process_keeps_it_too(adapters: dict[str, Path]) -> None:
+    """In the Python that has vLLM, which is not this one."""
+    folder = next(iter(adapters.values())).parent
+    done = subprocess.run(
+        [_python(), "-m", "tests.engines.vllm_within", str(folder), str(CONTEXT)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=False,
+    )
+    assert not done.returncode, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {name: said for name, (outcome, said) in found.items() if outcome == "broken"} == {}
+    assert {name for name, (outcome, _) in found.items() if outcome == "held"} > {"logprobs", "oracle", "two-adapters"}
 
 
 async def test_a_hot_swap_under_load_attributes_every_answer_and_a_stale_version_is_caught(
