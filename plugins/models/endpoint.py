@@ -22,6 +22,21 @@ CLAUDE = "claude-sonnet-5-5"
 #: What is sent for a key to an endpoint that wants none.
 NO_KEY = "none"
 _QUOTED = 300
+_TOO_LONG = (
+    "maximum context length",
+    "context length",
+    "context limit",
+    "max_model_len",
+    "too long",
+    "maximum model length",
+)
+
+
+class TooLong(ModelError):
+    """What was asked is longer than the model or its endpoint takes."""
+
+    code = "bascule.model.too_long"
+
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=3600)]
 
@@ -141,17 +156,33 @@ def key_of(endpoint: Endpoint) -> str:
     """The key, from the environment.
 
     Raises:
-        ModelError: the variable is not set.
+        ModelError: the variable is not set, or holds what no header takes.
     """
     if not endpoint.key_name:
         return NO_KEY
-    key = os.environ.get(endpoint.key_name, "").strip()
-    if not key:
+    fault = key_fault(endpoint.key_name)
+    if fault is not None:
         raise ModelError(
-            f"There is no key for {endpoint.said}: the environment variable {endpoint.key_name} is not set.",
-            next_step=f"Set {endpoint.key_name} where the feedback service runs, then `bascule resume RUN`.",
+            f"There is no key for {endpoint.said}: the environment variable {endpoint.key_name} {fault}.",
+            next_step=f"Set {endpoint.key_name} to the key alone where the feedback service runs, "
+            "then `bascule resume RUN`.",
         )
-    return key
+    return os.environ[endpoint.key_name]
+
+
+def key_fault(name: str) -> str | None:
+    """What is wrong with the key in the environment variable ``name``, without the key; None if nothing is."""
+    key = os.environ.get(name, "")
+    if not key.strip():
+        return "is not set"
+    if not all("!" <= character <= "~" for character in key):
+        return "holds white space or other characters that no header takes"
+    return None
+
+
+def too_long(status: int | None, said: str) -> bool:
+    """Whether an endpoint that answers with ``status`` and these words refuses the prompt for its length."""
+    return status == 413 or (status in (400, 422) and any(mark in said.lower() for mark in _TOO_LONG))
 
 
 async def ask(endpoint: Endpoint, request: dict[str, Any]) -> Performed:
@@ -196,6 +227,9 @@ def failure(endpoint: Endpoint, key: str, status: int | None, said: str) -> Mode
     Args:
         status: of the endpoint's last response; None if there was none.
         said: by the endpoint or by the connection; quoted without the key.
+
+    Returns:
+        A :class:`TooLong` where the length of the request is why.
     """
     quoted = " ".join((said.replace(key, "[key]") if key != NO_KEY else said).split())[:_QUOTED].rstrip(".")
     resume = "then `bascule resume RUN`"
@@ -220,7 +254,7 @@ def failure(endpoint: Endpoint, key: str, status: int | None, said: str) -> Mode
         case _:
             what = f"{endpoint.said} refuses the request (status {status}): {quoted}."
             step = f"Correct what it names, {resume}."
-    return ModelError(what, next_step=step)
+    return (TooLong if too_long(status, said) else ModelError)(what, next_step=step)
 
 
 def out_of_time(endpoint: Endpoint) -> ModelError:

@@ -17,6 +17,7 @@ from bascule.runtime.cli.store import Store, leaves
 from bascule.runtime.experiments.comparison import ArmPlan, Comparison, RunLine, compare
 from bascule.runtime.experiments.outcome import Folder, Outcome
 from bascule.runtime.experiments.votes import best_of_samples
+from bascule.runtime.redaction import redact_message
 from bascule.runtime.state import RunState
 from bascule.runtime.world import plain, world_of
 from bascule.schemas.errors import BasculeError, LogError, NotFound
@@ -127,7 +128,7 @@ async def _made(
             raise
         cause = next((c for c in causes if isinstance(c, BasculeError)), causes[0])
         reason = str(cause) if isinstance(cause, BasculeError) else described(cause)
-        return msgspec.structs.replace(line, status="failed", reason=reason)
+        return msgspec.structs.replace(line, status="failed", reason=redact_message(reason))
     state = await launch.state_of(store, name)
     reason = state.paused or ""
     if state.end is not None and state.status != "completed":

@@ -14,14 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotDone
 from http.client import HTTPException, HTTPMessage
 from importlib.util import find_spec
-from typing import IO, Any
+from typing import IO, Any, get_args
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import msgspec
 
-from bascule.plugins.models.endpoint import Endpoint, Provider
-from bascule.runtime.doctor.finding import Asked, Finding
+from bascule.plugins.models.endpoint import Endpoint, Provider, key_fault
+from bascule.runtime.doctor.finding import Asked, Finding, untold
 from bascule.runtime.engines.openai import Params as OpenAI
+from bascule.schemas.errors import ConfigError
 from bascule.schemas.run import RunConfig
 
 _MOST_BYTES = 4 << 20
@@ -52,39 +53,47 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def wanted(config: RunConfig) -> tuple[Wanted, ...]:
-    """The endpoints of a configuration; one that several ask alike stands there once."""
+    """The endpoints of a configuration; one that several ask alike stands there once.
+
+    Raises:
+        ConfigError: parameters that name one are not usable.
+    """
     found: dict[Wanted, list[str]] = {}
     for who, choice in (("policy", config.policy), ("author", config.author)):
-        if choice.name == "claude" or "provider" in choice.params:
-            for one in _thinking(choice.params):
-                found.setdefault(one, []).append(who)
+        if choice.name == "claude" or choice.params.get("provider") in get_args(Provider):
+            found.setdefault(_thinking(who, choice.params), []).append(who)
     for one in _serving(config):
         found.setdefault(one, []).append("engine")
     return tuple(msgspec.structs.replace(one, who=", ".join(who)) for one, who in found.items())
 
 
-def _thinking(params: Mapping[str, Any]) -> list[Wanted]:
-    """What is asked by who takes the parameters of :class:`Endpoint`; nothing if they are not usable."""
+def _thinking(who: str, params: Mapping[str, Any]) -> Wanted:
+    """What is asked by who takes the parameters of :class:`Endpoint`."""
     named = ("provider", "model", "base_url", "key_env")
     try:
         endpoint = msgspec.convert({k: v for k, v in params.items() if k in named}, Endpoint)
-    except msgspec.ValidationError:
-        return []  # refused with the configuration
+    except msgspec.ValidationError as e:
+        raise ConfigError(f"The {who} cannot take its parameters: {e}.", next_step="Correct that value.") from e
     url = _without_password(endpoint.url)
     if endpoint.provider == "anthropic":
         url = f"{url}/v1"
-    return [Wanted(who="", provider=endpoint.provider, url=url, model=endpoint.named, key_env=endpoint.key_name)]
+    return Wanted(who="", provider=endpoint.provider, url=url, model=endpoint.named, key_env=endpoint.key_name)
 
 
 def _serving(config: RunConfig) -> list[Wanted]:
     """What an engine asks; nothing for one that computes here or starts its own server."""
     name, params = config.engine.name, config.engine.params
     if name == "anthropic":
-        return _thinking({**params, "provider": "anthropic", "model": params.get("model") or config.model})
+        return [_thinking("engine", {**params, "provider": "anthropic"})]
     if name == "openai":
         usual = {"model": config.model, "url": OpenAI().url, "key_env": OpenAI().key_env}
         params = {**usual, **params}
-    urls = [url for url in (params.get("url"), *params.get("urls", ())) if url and isinstance(url, str)]
+    url, urls = params.get("url") or "", params.get("urls") or ()
+    if not isinstance(urls, list | tuple) or not all(isinstance(one, str) for one in (url, *urls)):
+        raise ConfigError(
+            "The engine cannot take its parameters: url is no text, or urls no list of texts.",
+            next_step="Correct engine.params.url or engine.params.urls.",
+        )
     model, key = params.get("served_model" if name == "vllm" else "model") or "", params.get("key_env") or ""
     return [
         Wanted(
@@ -94,7 +103,8 @@ def _serving(config: RunConfig) -> list[Wanted]:
             model=str(model),
             key_env=str(key),
         )
-        for url in urls
+        for url in (url, *urls)
+        if url
     ]
 
 
@@ -107,7 +117,11 @@ def check_endpoints(asked: Asked) -> Iterator[Finding]:
     """Keys in any case; the endpoints themselves if ``online``, all at one time."""
     if asked.config is None:
         return
-    every = [msgspec.structs.replace(one, patience=asked.patience) for one in wanted(asked.config)]
+    try:
+        every = [msgspec.structs.replace(one, patience=asked.patience) for one in wanted(asked.config)]
+    except ConfigError as e:
+        yield untold("endpoints", e)
+        return
     for name in dict.fromkeys(one.key_env for one in every if one.key_env):
         yield _key_is_set(name, [one for one in every if one.key_env == name])
     if not every:
@@ -134,13 +148,14 @@ def check_endpoints(asked: Asked) -> Iterator[Finding]:
 
 def _key_is_set(name: str, users: list[Wanted]) -> Finding:
     who = ", ".join(one.who for one in users)
-    if os.environ.get(name, "").strip():
+    fault = key_fault(name)
+    if fault is None:
         return Finding(about=f"key {name}", outcome="ok", found=f"is set, for {who}")
     return Finding(
         about=f"key {name}",
         outcome="fails",
-        found=f"the environment variable is not set; {who} needs it",
-        next_step=f"Set {name} to the key where bascule runs.",
+        found=f"the environment variable {fault}; {who} needs it",
+        next_step=f"Set {name} to the key alone where bascule runs.",
     )
 
 
@@ -151,8 +166,8 @@ def _asked(one: Wanted) -> list[Finding]:
     except ssl.SSLError as e:
         return [_unreachable(one, f"TLS fails: {e.reason or e}")]
     except ValueError:
-        what = f"{one.key_env} holds characters that no key has, or the address is none"
-        return [Finding(about=f"endpoint {one.host}", outcome="fails", found=what, next_step="Set it again.")]
+        what = f"{one.url} is no address (for {one.who})"
+        return [Finding(about=f"endpoint {one.host}", outcome="fails", found=what, next_step="Correct it.")]
     except (OSError, HTTPException) as e:
         reason = e.reason if isinstance(e, urllib.error.URLError) else e
         if isinstance(reason, ssl.SSLError):
@@ -172,11 +187,11 @@ def _unreachable(one: Wanted, why: str) -> Finding:
 
 def _understood(one: Wanted, status: int, body: bytes) -> list[Finding]:
     reached = Finding(about=f"endpoint {one.host}", outcome="ok", found=f"answers (for {one.who})")
-    key = bool(one.key_env and os.environ.get(one.key_env, "").strip())
+    key = bool(_key(one))
     if status in (401, 403):
         # What the endpoint says to it may quote a part of the key.
         if not key and one.key_env:
-            return [reached]  # that the key is missing has a line already
+            return [reached]  # that there is no key to send has a line already
         refused = Finding(
             about=f"key {one.key_env or '(none is sent)'}",
             outcome="fails",
@@ -245,8 +260,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 def _get(one: Wanted, path: str) -> tuple[int, bytes]:
     """Status and body of a GET with the key in the provider's header."""
     headers = {"accept": "application/json", "user-agent": "bascule-doctor"}
-    key = os.environ.get(one.key_env, "").strip() if one.key_env else ""
-    if key:
+    if key := _key(one):
         headers |= {"x-api-key": key} if one.provider == "anthropic" else {"authorization": f"Bearer {key}"}
     if one.provider == "anthropic":
         headers["anthropic-version"] = "2023-06-01"
@@ -259,6 +273,11 @@ def _get(one: Wanted, path: str) -> tuple[int, bytes]:
     except urllib.error.HTTPError as e:
         with e:
             return int(e.code), b""
+
+
+def _key(one: Wanted) -> str:
+    """What is sent for a key; empty for none, also where the variable holds what cannot be sent."""
+    return os.environ[one.key_env] if one.key_env and key_fault(one.key_env) is None else ""
 
 
 def _trusted() -> ssl.SSLContext:

@@ -62,6 +62,12 @@ def failed(about: str, error: BasculeError) -> Finding:
     return Finding(about=about, outcome="fails", found=error.message, next_step=error.next_step or "")
 
 
+def untold(about: str, error: BasculeError) -> Finding:
+    """Of something that cannot be told, since the configuration is refused; that has a failing line of its own."""
+    found = f"cannot be told, since the configuration is refused: {error.message}"
+    return Finding(about=about, outcome="skipped", found=found, next_step=error.next_step or "")
+
+
 def learns(config: RunConfig) -> bool:
     """Whether the trainer is needed."""
     return "weights" in config.levers

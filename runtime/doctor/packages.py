@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import sys
 import tomllib
@@ -59,8 +60,8 @@ def declared() -> tuple[str, dict[str, list[Requirement]]]:
 def needed_extras(config: RunConfig) -> set[str]:
     """The extras that a configuration cannot do without."""
     needed = {"torch"} if embeds(config) or learns(config) else set()
-    for one in wanted(config):
-        needed.add("claude" if one.provider == "anthropic" else "openai")
+    with contextlib.suppress(ConfigError):  # said where the endpoints are looked at
+        needed |= {"claude" if one.provider == "anthropic" else "openai" for one in wanted(config)}
     if config.engine.name == "vllm":
         needed.add("vllm" if config.engine.params.get("mode") == "inside" else "openai")
         needed |= {"harmony"} if preset_of(config.model).harmony else set()

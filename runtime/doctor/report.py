@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 import msgspec
 
+from bascule.plugins.redactors.secrets import Secrets
 from bascule.runtime.doctor.finding import BEGUN, Asked, Finding
+from bascule.runtime.redaction import Redaction
 from bascule.schemas.run import RunConfig
 
 SECONDS = 15.0
@@ -137,7 +139,9 @@ def _bounded(name: str, asked: Asked, left: float, allowed: float) -> list[Line]
     if late:
         what = f"was not done when the {allowed:g} s for all checks were over"
         return [*lines, _broken(about, what, f"Run it again with --seconds {allowed * 4:g}.", check.late)]
-    said = " ".join(err.decode("utf-8", "replace").split())[-_LAST:]
+    # Before it is cut: a part of a key is not known for one.
+    told = Redaction([Secrets()]).text(err.decode("utf-8", "replace"))
+    said = " ".join(told.split())[-_LAST:]
     what = f"the process that looked ended with status {process.returncode}" + (f": {said}" if said else "")
     return [*lines, _broken(about, what, "Run it again with BASCULE_DEBUG=1 `bascule plugins`.", "fails")]
 

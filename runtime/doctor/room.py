@@ -16,8 +16,9 @@ from bascule.plugins.wheels import cache_folder
 from bascule.runtime.cli.configuration import check_algorithms
 from bascule.runtime.doctor.configured import CONVERTED_BYTES, WHEEL_BYTES
 from bascule.runtime.doctor.endpoints import wanted
-from bascule.runtime.doctor.finding import Asked, Finding, embeds, in_gib, learns
+from bascule.runtime.doctor.finding import Asked, Finding, embeds, in_gib, learns, untold
 from bascule.runtime.doctor.machine import check_place, free_memory
+from bascule.runtime.engines.remote import read_params
 from bascule.runtime.engines.transformers import Params
 from bascule.runtime.services.inference import engine_params
 from bascule.runtime.world import World
@@ -44,8 +45,10 @@ def check_memory(asked: Asked) -> Iterator[Finding]:
     try:
         shape = _shape(config)
         jobs = check_algorithms(World(plugins(), config)) if learns(config) else {}
-    except BasculeError:
-        return  # said where the configuration and the model are looked at
+        limits, elsewhere = _limits(config), _elsewhere(config)
+    except BasculeError as e:
+        yield untold("memory", e)
+        return
     if shape is None:
         what = f"the sizes of {config.model} are not known here, so nothing is estimated"
         yield Finding(about="memory", outcome="skipped", found=what, next_step="Name a folder with a config.json.")
@@ -57,12 +60,12 @@ def check_memory(asked: Asked) -> Iterator[Finding]:
         yield Finding(
             about="memory: training", outcome="ok", found=_told(training[1], training[0]), figures=_figures(training[1])
         )
-    serving = _serving(config, shape, jobs, cuda=cuda)
+    serving = _serving(config, shape, jobs, limits, cuda=cuda)
     if serving is not None:
         yield Finding(
             about=f"memory: {config.engine.name}", outcome="ok", found=_told(serving), figures=_figures(serving)
         )
-    need = _together(config, serving, training[1] if training else None)
+    need = _together(config, None if elsewhere else serving, training[1] if training else None)
     if need is None:
         return
     yield _judged(need, free, where)
@@ -94,10 +97,32 @@ def _largest_job(shape: Shape, jobs: Mapping[str, TrainParams], *, cuda: bool) -
     return max(found.items(), key=lambda job: job[1].total) if found else None
 
 
-def _serving(config: RunConfig, shape: Shape, jobs: Mapping[str, TrainParams], *, cuda: bool) -> memory.Memory | None:
+def _limits(config: RunConfig) -> Params | None:
+    """The parameters of the embedded engine; None for another one.
+
+    Raises:
+        ConfigError: one is unknown or of a wrong type.
+    """
+    return read_params("transformers", engine_params(config, config.engine), Params) if embeds(config) else None
+
+
+def _elsewhere(config: RunConfig) -> bool:
+    """Whether all servers of vLLM are on other machines.
+
+    Raises:
+        ConfigError: the parameters that name them are not usable.
+    """
+    if config.engine.name != "vllm":
+        return False
+    asked = [one.url for one in wanted(config) if "engine" in one.who]
+    return bool(asked) and not any(urlsplit(url).hostname in _LOCAL for url in asked)
+
+
+def _serving(
+    config: RunConfig, shape: Shape, jobs: Mapping[str, TrainParams], limits: Params | None, *, cuda: bool
+) -> memory.Memory | None:
     """What the engine takes; None for one that loads no model."""
-    if embeds(config):
-        limits = msgspec.convert(engine_params(config, config.engine), Params)
+    if limits is not None:
         return memory.embedded_memory(
             shape,
             rows=limits.rows,
@@ -118,12 +143,8 @@ def _serving(config: RunConfig, shape: Shape, jobs: Mapping[str, TrainParams], *
 
 def _together(config: RunConfig, serving: memory.Memory | None, training: memory.Memory | None) -> int | None:
     """Bytes that this machine needs at one time; None for nothing."""
-    if config.engine.name == "vllm":
-        asked = [one.url for one in wanted(config) if "engine" in one.who]
-        if asked and not any(urlsplit(url).hostname in _LOCAL for url in asked):
-            serving = None  # on another machine
-        if serving is not None and training is not None:
-            return memory.on_one_gpu(serving, training)
+    if config.engine.name == "vllm" and serving is not None and training is not None:
+        return memory.on_one_gpu(serving, training)
     if serving is not None and training is not None:
         return memory.in_one_process(serving, training)
     alone = serving or training
@@ -163,7 +184,12 @@ def _figures(parts: memory.Memory) -> dict[str, Any]:
 def check_disk(asked: Asked) -> Iterator[Finding]:
     """Whether home, cache and temporary folder can be written and have room."""
     config = asked.config
-    yield check_place("disk: home", Path(asked.home), _home_bytes(config), "--home or BASCULE_HOME")
+    try:
+        need = _home_bytes(config)
+    except BasculeError as e:
+        need = HOME_BYTES
+        yield untold("disk: a run", e)
+    yield check_place("disk: home", Path(asked.home), need, "--home or BASCULE_HOME")
     try:
         cache = cache_folder()
     except OSError as e:

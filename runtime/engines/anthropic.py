@@ -6,7 +6,6 @@ no seeds, no adapters. The harness is the lever.
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +13,7 @@ from typing import Annotated, Any
 import msgspec
 
 from bascule.plugins.engine import Engine, EngineInfo, Sampled, SampleRequest
-from bascule.plugins.models.endpoint import Endpoint, ask, check_endpoint, check_ready
+from bascule.plugins.models.endpoint import Endpoint, TooLong, ask, check_endpoint, check_ready
 from bascule.plugins.policy import Performed
 from bascule.runtime.engines.remote import Calls, no_adapters, read_params
 from bascule.schemas.errors import EngineError, ModelError, PromptError
@@ -22,6 +21,7 @@ from bascule.schemas.trajectory import Output
 
 #: What the API takes; a request for a higher temperature gets this one.
 _HOTTEST = 1.0
+_SHORTER = "Shorten the prompt or lower max_tokens."
 
 
 class Params(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -97,7 +97,7 @@ class AnthropicEngine:
         if request.adapter is not None:
             raise no_adapters("anthropic", request.adapter)
         message = self._message(request)
-        answers = await asyncio.gather(*(self._calls.run(partial(self._ask, message)) for _ in range(request.n)))
+        answers = await self._calls.all([partial(self._ask, message)] * request.n)
         spent = sum(a.input_tokens + a.cache_read_tokens + a.cache_write_tokens for a in answers)
         return Sampled(
             prompt_ids=(),
@@ -108,13 +108,15 @@ class AnthropicEngine:
     async def _ask(self, message: dict[str, Any]) -> Performed:
         try:
             answer = await ask(self._endpoint, message)
+        except TooLong as error:
+            raise PromptError(error.message, next_step=_SHORTER) from error
         except ModelError as error:
             raise EngineError(error.message, next_step=error.next_step) from error
         # An answer that is cut off is one of its length; one that is refused is an answer, and scored as such.
         if answer.stop_reason == "model_context_window_exceeded":
             raise PromptError(
                 f"The prompt does not fit into the context of {self._endpoint.said}.",
-                next_step="Shorten the prompt or lower max_tokens.",
+                next_step=_SHORTER,
             )
         return answer
 
@@ -145,12 +147,11 @@ def _output(answer: Performed, stop: tuple[str, ...]) -> Output:
     blocks = answer.answer.get("content", [])
     text = "".join(b["text"] for b in blocks if b.get("type") == "text")
     cuts = [at for at in map(text.find, filter(None, stop)) if at >= 0]
-    ended = "length" if answer.stop_reason == "max_tokens" and not cuts else "stop"
     return Output(
         token_ids=b"",
         logprobs=b"",
         text=text[: min(cuts)] if cuts else text,
-        finish_reason="length" if ended == "length" else "stop",
+        finish_reason="length" if answer.stop_reason == "max_tokens" and not cuts else "stop",
     )
 
 

@@ -6,7 +6,6 @@ it has them, otherwise declared absent. It takes no adapters, so that the harnes
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,7 +50,14 @@ class _Place(msgspec.Struct):
 
 
 class _Places(msgspec.Struct):
+    """Log-probabilities in the form of ``/chat/completions``, or in that of ``/completions``."""
+
     content: list[_Place] | None = None
+    token_logprobs: list[float] | None = None
+
+    @property
+    def values(self) -> list[float]:
+        return self.token_logprobs or [place.logprob for place in self.content or []]
 
 
 class _Message(msgspec.Struct):
@@ -66,6 +72,7 @@ class _Choice(msgspec.Struct):
     finish_reason: str | None = None
     logprobs: _Places | None = None
     token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class _Usage(msgspec.Struct):
@@ -77,6 +84,11 @@ class _Answer(msgspec.Struct):
     choices: list[_Choice]
     usage: _Usage | None = None
     prompt_token_ids: list[int] | None = None
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """Those of the prompt; ``/completions`` gives them with each choice."""
+        return tuple(self.prompt_token_ids or (self.choices and self.choices[0].prompt_token_ids) or ())
 
 
 class OpenAIEngine:
@@ -98,9 +110,9 @@ class OpenAIEngine:
             self._wire = Wire(p.url, key=read_key(p.key_env or None), timeout_s=p.timeout_s, retries=p.retries)
             self._calls = Calls(p.concurrency)
             first = await self._capabilities()
-            self._ids = bool(first.prompt_token_ids and all(c.token_ids for c in first.choices))
+            self._ids = bool(first.prompt_ids and all(c.token_ids for c in first.choices))
             # Without the ids of the tokens nothing can be trained from their log-probabilities.
-            self._logprobs = self._ids and all(c.logprobs and c.logprobs.content for c in first.choices)
+            self._logprobs = self._ids and all(c.logprobs and c.logprobs.values for c in first.choices)
             self.info = EngineInfo(
                 name="openai",
                 model=self.model_name,
@@ -134,7 +146,7 @@ class OpenAIEngine:
             answers = [await self._calls.run(partial(self._ask, request, request.n, request.seed))]
         else:
             seeds = range(request.seed, request.seed + request.n)
-            answers = await asyncio.gather(*(self._calls.run(partial(self._ask, request, 1, seed)) for seed in seeds))
+            answers = await self._calls.all(partial(self._ask, request, 1, seed) for seed in seeds)
         outputs = tuple(self._output(c, request.sampling) for a in answers for c in a.choices)
         if len(outputs) != request.n:
             raise EngineError(
@@ -143,7 +155,7 @@ class OpenAIEngine:
             )
         usage = [a.usage or _Usage() for a in answers]
         return Sampled(
-            prompt_ids=tuple(answers[0].prompt_token_ids or ()) if self._ids else (),
+            prompt_ids=answers[0].prompt_ids if self._ids else (),
             outputs=outputs,
             usage=(sum(u.prompt_tokens for u in usage), sum(u.completion_tokens for u in usage)),
         )
@@ -161,9 +173,8 @@ class OpenAIEngine:
             body["prompt"] = request.prompt
         else:
             body["messages"] = plain(request.prompt)
-        # The log-probabilities of /completions have another form, and no endpoint that has ids needs them there.
-        if self._logprobs and chat:
-            body["logprobs"] = True
+        if self._logprobs:
+            body["logprobs"] = True if chat else 1  # there a number: of the likeliest tokens beside the sampled one
         return await self._post("chat/completions" if chat else "completions", body, sampling.max_tokens)
 
     async def _post(self, path: str, body: dict[str, Any], most: int) -> _Answer:
@@ -197,10 +208,10 @@ class OpenAIEngine:
         preset = preset_of(self.model_name)
         cuts = [at for at in map(text.find, filter(None, sampling.stop)) if at >= 0]
         ids = choice.token_ids or [] if self._ids else []
-        places = choice.logprobs.content or [] if choice.logprobs and self._logprobs else []
+        logprobs = choice.logprobs.values if choice.logprobs and self._logprobs else []
         return Output(
             token_ids=pack_ids(ids),
-            logprobs=pack_floats(p.logprob for p in places) if len(places) == len(ids) else b"",
+            logprobs=pack_floats(logprobs) if len(logprobs) == len(ids) else b"",
             text=preset.said(text[: min(cuts)] if cuts else text),
             finish_reason="length" if choice.finish_reason == "length" else "stop",
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 import msgspec
@@ -45,6 +45,20 @@ class Calls:
             raise
         finally:
             task.cancel()
+
+    async def all(self, works: Iterable[Callable[[], Coroutine[Any, Any, T]]]) -> list[T]:
+        """Do several, and give their results in order; the first that fails ends the others.
+
+        Raises:
+            EngineError: the engine was closed meanwhile; or what the first raised that failed.
+        """
+        tasks = [asyncio.create_task(self.run(work)) for work in works]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def close(self) -> None:
         self._closed = True

@@ -13,11 +13,11 @@ from typing import Any
 import msgspec
 
 from bascule.plugins.extras import install_command
+from bascule.plugins.models.endpoint import key_fault, too_long
 from bascule.schemas.errors import ConfigError, EngineError, PromptError
 
 _CONNECT_SECONDS = 10.0
 _SAID = 600
-_TOO_LONG = ("maximum context length", "context length", "max_model_len", "too long", "maximum model length")
 
 
 class Unreachable(EngineError):
@@ -30,17 +30,17 @@ def read_key(key_env: str | None) -> str | None:
     """The key in the environment variable ``key_env``; None where none is named.
 
     Raises:
-        ConfigError: the variable is not set.
+        ConfigError: the variable is not set, or holds what no header takes.
     """
     if key_env is None:
         return None
-    key = os.environ.get(key_env, "").strip()
-    if not key:
+    fault = key_fault(key_env)
+    if fault is not None:
         raise ConfigError(
-            f"The environment variable {key_env}, which is to hold the endpoint's key, is not set.",
-            next_step=f"Set {key_env}, or name another variable in engine.params.key_env.",
+            f"The environment variable {key_env}, which is to hold the endpoint's key, {fault}.",
+            next_step=f"Set {key_env} to the key alone, or name another variable in engine.params.key_env.",
         )
-    return key
+    return os.environ[key_env]
 
 
 class Wire:
@@ -70,6 +70,7 @@ class Wire:
         self.root = root
         self.base = f"{root}/v1"
         self._timeout_s = timeout_s
+        self._key = key
         self._client = openai.AsyncOpenAI(
             api_key=key or "none",
             base_url=self.base,
@@ -93,7 +94,7 @@ class Wire:
         Raises:
             PromptError: the prompt is refused as too long.
             Unreachable: nothing answers there, or not in time.
-            EngineError: any other refusal or failure, in the server's words.
+            EngineError: any other refusal or failure; in the server's words, save for one of the key.
         """
         return await self._ask("POST", path, body, retry=retry)
 
@@ -114,22 +115,30 @@ class Wire:
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
             raise Unreachable(
-                f"{url} cannot be reached: {type(cause).__name__}: {cause}.",
+                f"{url} cannot be reached: {type(cause).__name__}: {self._without_key(str(cause))}.",
                 next_step="Start the server, or correct engine.params.url.",
             ) from error
         except openai.APIStatusError as error:
-            raise refused(url, error.status_code, error.response.text) from error
+            words = self._without_key(_message(error.response.text))
+            raise refused(url, error.status_code, words) from error
+
+    def _without_key(self, said: str) -> str:
+        return said.replace(self._key, "[key]") if self._key else said
 
 
 def refused(url: str, status: int, said: str) -> EngineError:
-    """The error for an answer of ``status`` other than 200, with the server's own words."""
-    words = " ".join(_message(said).split())[:_SAID]
-    what = f"{url} answered {status}: {words or 'nothing'}".rstrip(".") + "."
+    """The error for an answer of ``status`` other than 200, with the server's own words ``said``."""
     if status in (401, 403):
-        return EngineError(what, next_step="Put a valid key into the variable that engine.params.key_env names.")
-    if status in (400, 413, 422):
-        if any(mark in words.lower() for mark in _TOO_LONG):
-            return PromptError(what, next_step="Shorten the prompt or lower max_tokens.")
+        # What the server says here may hold a part of the key.
+        return EngineError(
+            f"{url} answered {status}: the key is refused.",
+            next_step="Put a valid key into the variable that engine.params.key_env names.",
+        )
+    words = " ".join(said.split())[:_SAID]
+    what = f"{url} answered {status}: {words or 'nothing'}".rstrip(".") + "."
+    if too_long(status, said):
+        return PromptError(what, next_step="Shorten the prompt or lower max_tokens.")
+    if status in (400, 422):
         return EngineError(what, next_step="The server does not take this request; see its log.")
     if status == 404:
         return EngineError(what, next_step="Correct engine.params.url or the model's name, or load what is missing.")

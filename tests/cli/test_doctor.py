@@ -23,9 +23,9 @@ from bascule.runtime.doctor.configured import check_configuration, check_model, 
 from bascule.runtime.doctor.endpoints import Wanted, check_endpoints, wanted
 from bascule.runtime.doctor.finding import Asked, Finding
 from bascule.runtime.doctor.machine import check_place
-from bascule.runtime.doctor.packages import declared, needed_extras
+from bascule.runtime.doctor.packages import check_versions, declared, needed_extras
 from bascule.runtime.doctor.report import examine
-from bascule.runtime.doctor.room import check_memory
+from bascule.runtime.doctor.room import check_disk, check_memory
 from bascule.schemas.errors import ConfigError
 from bascule.schemas.run import PluginChoice, RunConfig
 from tests import ordinary_user
@@ -231,7 +231,8 @@ def test_a_key_that_no_header_can_hold_is_not_shown(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("MY_KEY", "first\nsecond")
     with models_server("claude-x") as url:
         lines = asked(thinking(url))
-    assert "fails" in {line.outcome for line in lines.values()}
+    assert lines["key MY_KEY"].outcome == "fails"
+    assert "holds white space" in lines["key MY_KEY"].found
     assert not any("first" in str(line) for line in lines.values())
 
 
@@ -254,8 +255,43 @@ def test_endpoints_are_asked_once_for_all_who_name_them_and_without_a_password()
     assert needed_extras(both) == {"torch", "claude", "openai", "harmony"}
     (usual,) = wanted(RunConfig(task=config.task, model="gpt-x", engine=PluginChoice(name="openai")))
     assert (usual.host, usual.model, usual.key_env) == ("api.openai.com", "gpt-x", "OPENAI_API_KEY")
-    (claude,) = wanted(RunConfig(task=config.task, model="claude-x", engine=PluginChoice(name="anthropic")))
-    assert (claude.host, claude.model, claude.key_env) == ("api.anthropic.com", "claude-x", "ANTHROPIC_API_KEY")
+    (claude,) = wanted(RunConfig(task=config.task, model="gpt-x", engine=PluginChoice(name="anthropic")))
+    assert (claude.host, claude.key_env) == ("api.anthropic.com", "ANTHROPIC_API_KEY")
+
+
+@pytest.mark.parametrize("params", [{}, {"model": "claude-x"}])
+async def test_the_model_that_the_engine_anthropic_will_ask_is_looked_for(
+    params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
+    engine = PluginChoice(name="anthropic", params=params)
+    (one,) = wanted(RunConfig(task=ARITH, engine=engine))
+    started = await plugins().registry.engines.get("anthropic")(RunConfig(task=ARITH).model, params).start()
+    assert one.model == started.model
+
+
+@pytest.mark.parametrize(
+    ("settings", "untold", "why"),
+    [
+        (("algorithms.grpo.lora_r=-1",), {"disk: a run", "memory"}, "lora_r"),
+        (("engine.typo=1",), {"memory"}, "typo"),
+        (("engine=vllm", "engine.urls=5"), {"endpoints", "memory"}, "urls"),
+        (("engine=vllm", "engine.urls=[5]"), {"endpoints", "memory"}, "urls"),
+        (("author=claude", "author.max_retries=many", "author.model=5"), {"endpoints"}, "model"),
+    ],
+)
+def test_what_depends_on_a_configuration_that_is_refused_says_so_in_a_line(
+    settings: tuple[str, ...], untold: set[str], why: str, tmp_path: Path
+) -> None:
+    given = Asked(home=str(tmp_path / "home"), overrides=settings)
+    given = Asked(home=given.home, config=made_config(given))
+    assert [line.outcome for line in check_configuration(given)] == ["fails"]
+    lines = [line for check in (check_disk, check_memory, check_endpoints) for line in check(given)]
+    skipped = {line.about: line.found for line in lines if "the configuration is refused" in line.found}
+    assert set(skipped) == untold
+    assert all(why in found for found in skipped.values())
+    assert {"disk: home", "disk: cache", "disk: temporary"} <= {line.about for line in lines}
+    assert {line.about for line in check_versions(given)} >= {"python"}
 
 
 def test_a_package_that_breaks_when_it_is_imported_is_a_line_and_no_traceback(tmp_path: Path) -> None:
@@ -270,6 +306,20 @@ def test_a_package_that_breaks_when_it_is_imported_is_a_line_and_no_traceback(tm
     assert "status 7" in report.lines["import peft"].found
     assert "Traceback" not in report.text
     assert "pip install" in report.lines["import anthropic"].next_step
+
+
+def test_what_a_check_said_before_it_ended_is_told_without_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of what it said the end is told; that begins within the key.
+    said = "import os, sys\nsys.stderr.write(os.environ['MY_API_KEY'] + '.' * 292)\nsys.stderr.flush()\nos._exit(3)\n"
+    install_plugin(tmp_path, "rude", said)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("MY_API_KEY", KEY)
+    lines = {f.about: f for f in examine(Asked(home=str(tmp_path / "home")), seconds=PATIENT)}
+    assert lines["plugins"].outcome == "fails"
+    assert "ended with status 3: " in lines["plugins"].found
+    assert not any(KEY[-8:] in str(line) for line in lines.values())
 
 
 def test_a_plugin_that_breaks_warns_and_one_that_ends_its_process_fails_by_name_of_what_looked(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from bascule.runtime.cli.experiment_runs import duration, make_runs, start_of
 from bascule.runtime.cli.store import Store, open_store
 from bascule.runtime.experiments.votes import MOST
 from bascule.schemas import events as ev
-from bascule.schemas.errors import BasculeError, ConfigError, HarnessError
+from bascule.schemas.errors import BasculeError, ConfigError, EngineError, HarnessError
 from bascule.schemas.harness import MAX_BYTES, make_harness
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ops" / "experiments").glob("*.toml"))
@@ -297,6 +297,22 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
     assert (broken.status, good.status) == ("failed", "completed")
     assert "none.jsonl" in broken.reason
     assert any("failed" in line and "broken" in line for line in said)
+
+
+async def test_the_reason_of_a_failure_is_told_without_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "sk-ant-0123456789abcdef"
+
+    async def refused(*_: Any) -> None:
+        raise EngineError(f"The endpoint has {key}.")
+
+    monkeypatch.setattr(launch, "start", refused)
+    asked = read_experiment(written(tmp_path, HEAD + RUN + BUDGET + "[arms.a]\n"), plugins())
+    said: list[str] = []
+    async with open_store(tmp_path / "home", exclusive=True, writes=True) as store:
+        (line,) = await make_runs(store, asked, said.append, lambda: pytest.fail("no run was started"))
+    assert line.status == "failed"
+    assert "The endpoint has [redacted" in line.reason
+    assert key not in line.reason + "".join(said)
 
 
 def test_durations_are_told_in_words() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ pytest.importorskip("openai")
 pytest.importorskip("anthropic")
 
 from bascule.plugins.engine import Engine, Message, SampleRequest
-from bascule.plugins.kit_engine import check_engine
+from bascule.plugins.kit_engine import Conditions, check_engine
 from bascule.plugins.loader import plugins
 from bascule.runtime.cli.configuration import configure, preflight
 from bascule.runtime.engines import anthropic, openai
@@ -72,7 +74,11 @@ async def test_a_model_behind_the_messages_api_answers_and_its_tokens_are_counte
 
 
 async def test_failures_of_the_messages_api_are_engine_errors_without_the_key() -> None:
-    faults = in_turn(Fault(529, "overloaded"), Fault(404, "model: m"), message(text("x"), stop_reason="max_tokens"))
+    faults = in_turn(
+        Fault(529, f"overloaded, {KEY}"),
+        Fault(404, f"model: m, {KEY}"),
+        message(text("x"), stop_reason="max_tokens"),
+    )
     with serving(faults) as server:
         engine = claude(server)
         await engine.start()
@@ -87,6 +93,64 @@ async def test_failures_of_the_messages_api_are_engine_errors_without_the_key() 
             await engine.sample(request(("tool", "x")))
         with pytest.raises(EngineError, match="takes no adapters"):
             await engine.sample(SampleRequest(**{**_fields(request()), "adapter": "v1"}))
+        await engine.close()
+
+
+WRONG = "sk-wrong-0123456789abcdef"
+
+
+@pytest.mark.parametrize("make", [claude, compatible])
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        (WRONG, "401"),
+        (f"{WRONG}\nmore", "ENDPOINT_KEY.* holds white space or other characters"),
+        (f"{WRONG}é", "ENDPOINT_KEY.* holds white space or other characters"),
+    ],
+)
+async def test_a_key_that_is_refused_stands_in_no_message(
+    make: Callable[[Server], Engine], key: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENDPOINT_KEY", key)
+    with serving(in_turn()) as server:  # which quotes the key that it refuses
+        engine = make(server)
+
+        async def asked() -> None:
+            await engine.start()
+            await engine.sample(request())
+
+        with pytest.raises((EngineError, ConfigError), match=said) as caught:
+            await asked()
+        await engine.close()
+    assert WRONG not in str(caught.value)
+    assert caught.value.next_step
+
+
+async def test_a_key_that_an_endpoint_quotes_in_a_failure_stands_in_no_message() -> None:
+    with serving(in_turn(completion("yes"), Fault(404, f"no model for {KEY}"))) as server:
+        engine = compatible(server)
+        await engine.start()
+        with pytest.raises(EngineError, match=r"no model for \[key\]"):
+            await engine.sample(request())
+        await engine.close()
+
+
+@pytest.mark.parametrize(
+    ("make", "answer"), [(claude, message(text("x"))), (partial(compatible, many=False), completion("x"))]
+)
+async def test_the_first_sample_that_fails_ends_the_others(make: Callable[..., Engine], answer: dict[str, Any]) -> None:
+    failing = True
+    with serving(lambda _, __: Fault(404, "no such model") if failing and started else answer) as server:
+        started = False
+        engine = make(server, concurrency=1)
+        await engine.start()
+        started, before = True, len(server.requests)
+        with pytest.raises(EngineError, match="no such model"):
+            await engine.sample(request(n=5))
+        failing = False
+        await engine.sample(request())  # waits its turn behind all that was asked before
+        # That which failed, this one, and at most one that took its place before it was cancelled.
+        assert len(server.requests) - before < 4
         await engine.close()
 
 
@@ -156,10 +220,59 @@ async def test_an_endpoint_that_refuses_what_it_does_not_know_is_asked_without()
         assert ["return_token_ids" in r for r in server.requests] == [True, False]
 
 
-async def test_the_engine_anthropic_keeps_what_the_kit_asks_of_every_engine() -> None:
-    with serving(in_turn(message(text("A bascule has two arms.")))) as server:
-        checks = [c async for c in check_engine(claude(server))]
+async def test_log_probabilities_of_a_text_prompt_are_asked_for_and_recorded_as_well() -> None:
+    def script(asked: dict[str, Any], _: int) -> dict[str, Any]:
+        if "messages" in asked:
+            answer = completion("yes")
+            answer["prompt_token_ids"] = [1]
+            answer["choices"][0] |= {"token_ids": [7], "logprobs": {"content": [{"logprob": -0.5}]}}
+            return answer
+        choice = {"index": 0, "text": "25", "finish_reason": "stop", "prompt_token_ids": [1, 2], "token_ids": [7, 8]}
+        logprobs = {"tokens": ["2", "5"], "token_logprobs": [-0.5, -1.0], "top_logprobs": None}
+        return {"choices": [{**choice, "logprobs": logprobs if asked.get("logprobs") else None}]}
+
+    with serving(script) as server:
+        engine = compatible(server)
+        assert (await engine.start()).logprobs
+        sampled = await engine.sample(SampleRequest(**{**_fields(request()), "prompt": "12 + 13 ="}))
+        await engine.close()
+    assert server.paths[-1] == "/v1/completions"
+    assert type(server.requests[-1]["logprobs"]) is int
+    assert sampled.prompt_ids == (1, 2)
+    (output,) = sampled.outputs
+    assert unpack_floats(output.logprobs) == [-0.5, -1.0]
+
+
+CONTEXT = 400
+ANSWER = "A bascule has two arms."
+
+
+def messages_api(asked: dict[str, Any], _: int) -> dict[str, Any] | Fault:
+    if len(str(asked["messages"])) > CONTEXT:
+        return Fault(400, f"prompt is too long: {2 * CONTEXT} tokens > {CONTEXT} maximum")
+    return message(text(ANSWER))
+
+
+def completions_api(asked: dict[str, Any], _: int) -> dict[str, Any] | Fault:
+    """Answers texts and conversations, each that number of times that it is asked for; cuts at stop strings."""
+    if len(str(asked.get("prompt") or asked["messages"])) > CONTEXT:
+        return Fault(400, f"This model's maximum context length is {CONTEXT} tokens.")
+    said = ANSWER
+    for stop in asked.get("stop", ()):
+        said = said.partition(stop)[0]
+    answer = completion(said)
+    (choice,) = answer["choices"]
+    if "prompt" in asked:
+        choice["text"] = choice.pop("message")["content"]
+    return {**answer, "choices": [{**choice, "index": i} for i in range(asked.get("n", 1))]}
+
+
+@pytest.mark.parametrize(("make", "script"), [(claude, messages_api), (compatible, completions_api)])
+async def test_it_keeps_what_the_kit_asks_of_every_engine(make: Callable[[Server], Engine], script: Script) -> None:
+    with serving(script) as server:
+        checks = [c async for c in check_engine(make(server), Conditions(context=CONTEXT))]
     assert {c.name: c.found for c in checks if c.outcome == "broken"} == {}
+    assert {c.name: c.outcome for c in checks}["too-long"] == "held"
 
 
 @pytest.mark.parametrize("name", ["openai", "anthropic"])

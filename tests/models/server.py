@@ -1,4 +1,4 @@
-"""An HTTP server that speaks the Messages API and ``/chat/completions`` as they are documented, over real sockets.
+"""An HTTP server that speaks the Messages API, ``/chat/completions`` and ``/completions`` over real sockets.
 
 What it answers is a function of the request's JSON, or a fault. Every request is kept, so that tests can count them.
 """
@@ -174,7 +174,7 @@ class Server:
 
     def _refused(self, method: str, path: str, headers: dict[str, str]) -> Fault | None:
         """What a server says to a request that is none of its API, or has no right key."""
-        if method != "POST" or path not in ("/v1/messages", "/v1/chat/completions"):
+        if method != "POST" or path not in ("/v1/messages", "/v1/chat/completions", "/v1/completions"):
             return Fault(404, f"no route for {method} {path}")
         if path == "/v1/messages" and "anthropic-version" not in headers:
             return Fault(400, "anthropic-version: header is required")

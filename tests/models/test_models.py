@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bascule.plugins.models.anthropic import cached
-from bascule.plugins.models.endpoint import Endpoint, ask, check_endpoint, check_ready
+from bascule.plugins.models.endpoint import Endpoint, TooLong, ask, check_endpoint, check_ready
 from bascule.plugins.models.messages import NO_JSON, call_of, tool
 from bascule.plugins.models.openai import translated
 from bascule.plugins.policy import Performed
@@ -183,6 +183,37 @@ async def test_a_wrong_key_is_said_without_the_key(provider: str, monkeypatch: p
     assert server.requests == []
     assert "MODEL_TEST_KEY" in said
     assert wrong not in said
+
+
+@pytest.mark.parametrize("provider", ["anthropic", "openai"])
+@pytest.mark.parametrize("key", ["sk-first\nsecond", "sk-first second", "sk-first-sécond", "sk-first-second\n"])
+async def test_a_key_that_no_header_takes_is_refused_by_its_variable(
+    provider: str, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODEL_TEST_KEY", key)
+    said, server = await failed(in_turn(), provider)
+    assert server.requests == []
+    assert "MODEL_TEST_KEY holds white space or other characters" in said
+    assert "first" not in said
+
+
+@pytest.mark.parametrize("provider", ["anthropic", "openai"])
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        (Fault(400, "prompt is too long: 210000 tokens > 200000 maximum"), TooLong),
+        (Fault(400, "input length and `max_tokens` exceed context limit: 190000 + 20000 > 200000"), TooLong),
+        (Fault(413, "Request exceeds the maximum size"), TooLong),
+        (Fault(400, "messages: too strange"), ModelError),
+        (Fault(404, "too long"), ModelError),
+    ],
+)
+async def test_what_is_too_long_is_told_apart(provider: str, fault: Fault, kind: type[ModelError]) -> None:
+    with serving(in_turn(fault)) as server:
+        made = endpoint(server, provider)
+        with pytest.raises(ModelError) as error:
+            await ask(made, request_of(made))
+    assert type(error.value) is kind
 
 
 @pytest.mark.parametrize("provider", ["anthropic", "openai"])
