@@ -133,4 +133,8 @@ def make_harness(files: dict[str, str]) -> Harness:
                 line = getattr(e, "lineno", None)
                 where = f", line {line}" if line else ""
                 raise HarnessError(f"{name}{where} of the harness does not parse: {e}.", next_step="Correct it.") from e
+            except (RecursionError, MemoryError) as e:  # the compiler's way to say so
+                raise HarnessError(
+                    f"{name} of the harness does not parse: it is nested too deeply.", next_step="Correct it."
+                ) from e
     return Harness(files=dict(sorted(files.items())), digest=digest_of(files))

@@ -58,7 +58,7 @@ def imported(sources: Mapping[str, str]) -> tuple[str, ...]:
             continue
         try:
             nodes = list(ast.walk(ast.parse(text)))
-        except (SyntaxError, ValueError, RecursionError):
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
             continue  # it fails when it runs, and says so then
         for node in nodes:
             if isinstance(node, ast.Import):

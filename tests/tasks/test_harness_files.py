@@ -8,6 +8,7 @@ import pytest
 
 from bascule.plugins.tasks.harness_files import literal, with_literal
 from bascule.schemas.errors import HarnessError
+from bascule.schemas.harness import make_harness
 
 ODD = '''# PARAMS = {"C": 99}
 """PARAMS = {"C": 98} is where the numbers stand: größer is not better."""
@@ -90,3 +91,10 @@ def test_what_is_no_single_literal_is_refused_with_the_reason(text: str, says: s
 def test_what_no_literal_can_say_is_refused(value: Any) -> None:
     with pytest.raises(HarnessError):
         with_literal("PARAMS = 1", "PARAMS", value)
+
+
+@pytest.mark.parametrize("text", ["x = a" + ".b" * 20_000, "x = " + "-" * 60_000 + "1", "x = " + "(" * 5_000])
+def test_code_that_is_nested_too_deeply_does_not_parse(text: str) -> None:
+    files = {"harness.py": text, "manifest.json": '{"name": "deep"}', "system_prompt.md": ""}
+    with pytest.raises(HarnessError, match=r"harness\.py.* does not parse"):
+        make_harness(files)
