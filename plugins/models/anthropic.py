@@ -9,15 +9,16 @@ import msgspec
 from bascule.plugins.models.attempts import said_by, through
 from bascule.plugins.models.endpoint import Endpoint, not_understood
 from bascule.plugins.policy import Performed
+from bascule.schemas.budget import Count
 
 _CACHED = {"type": "ephemeral"}
 
 
 class _Usage(msgspec.Struct):
-    input_tokens: int
-    output_tokens: int
-    cache_read_input_tokens: int | None = None
-    cache_creation_input_tokens: int | None = None
+    input_tokens: Count
+    output_tokens: Count
+    cache_read_input_tokens: Count | None = None
+    cache_creation_input_tokens: Count | None = None
 
 
 class _Message(msgspec.Struct):

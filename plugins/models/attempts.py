@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -18,6 +19,8 @@ from bascule.plugins.models.endpoint import Endpoint, failure, out_of_time
 
 #: The feedback service listens to it.
 LOGGER = "bascule.models"
+#: Seconds between two lines that say the same.
+PATIENCE = 30.0
 _COUNT = "x-stainless-retry-count"
 
 
@@ -33,22 +36,39 @@ async def through(
         ModelError: there is no answer; says why.
     """
     sdk: Any = await asyncio.to_thread(import_module, name)
+    seen = Seen()
     client = getattr(sdk, client_class)(
         api_key=key,
         base_url=endpoint.url,
         timeout=endpoint.timeout_s,
         max_retries=endpoint.max_retries,
-        http_client=sdk.DefaultAsyncHttpxClient(event_hooks=hooks(endpoint)),
+        http_client=sdk.DefaultAsyncHttpxClient(event_hooks=hooks(endpoint, seen)),
     )
     try:
-        async with asyncio.timeout(endpoint.total_s), client:
+        async with asyncio.timeout(endpoint.total_s), client, told_while_waiting(endpoint.said):
             return await send(sdk, client)
     except TimeoutError:
-        raise out_of_time(endpoint) from None
+        raise out_of_time(endpoint, seen.failed) from None
     except sdk.APIStatusError as e:
         raise failure(endpoint, key, e.status_code, said_by(e)) from None
     except sdk.APIConnectionError as e:
         raise failure(endpoint, key, None, str(e.__cause__ or e)) from None
+
+
+@asynccontextmanager
+async def told_while_waiting(said: str) -> AsyncIterator[None]:
+    """A log line every :data:`PATIENCE` seconds as long as an endpoint has not answered."""
+
+    async def tell() -> None:
+        while True:
+            await asyncio.sleep(PATIENCE)
+            logging.getLogger(LOGGER).warning("%s has not answered yet", said)
+
+    telling = asyncio.create_task(tell())
+    try:
+        yield
+    finally:
+        telling.cancel()
 
 
 def said_by(error: Any) -> str:
@@ -56,19 +76,37 @@ def said_by(error: Any) -> str:
     return str(getattr(error, "api_message", None) or error.message)
 
 
-def hooks(endpoint: Endpoint, clock: Callable[[], float] = time.monotonic) -> dict[str, list[Any]]:
-    """Event hooks for the HTTP client of one call."""
+@dataclass
+class Seen:
+    """What came of the attempts of a call.
+
+    Attributes:
+        failed: how the last one failed that has ended; empty if none has.
+        open: an attempt has no answer yet.
+    """
+
+    failed: str = ""
+    open: bool = False
+
+
+def hooks(endpoint: Endpoint, seen: Seen, clock: Callable[[], float] = time.monotonic) -> dict[str, list[Any]]:
+    """Event hooks for the HTTP client of one call, which keep ``seen``."""
     logger = logging.getLogger(LOGGER)
     started = clock()
 
     async def asked(request: Any) -> None:
+        if seen.open:
+            seen.failed = "had no connection, or lost it"
+        seen.open = True
         attempt = request.headers.get(_COUNT, "0")
         if attempt not in ("0", ""):
             logger.warning("%s is asked again: retry %s of %d", endpoint.said, attempt, endpoint.max_retries)
 
     async def answered(response: Any) -> None:
+        seen.open = False
         if response.status_code < 400:
             return
+        seen.failed = f"was answered with status {response.status_code}"
         wait = _seconds(response.headers)
         logger.warning("%s answered with status %d%s", endpoint.said, response.status_code, _wish(wait))
         if wait is not None and clock() - started + wait > endpoint.total_s:

@@ -22,6 +22,9 @@ CLAUDE = "claude-sonnet-5-5"
 #: What is sent for a key to an endpoint that wants none.
 NO_KEY = "none"
 _QUOTED = 300
+#: Bytes of an answer that is kept; an event has room for twice as much.
+MOST_ANSWER = 1 << 18
+TOO_LARGE = "too_large"
 _TOO_LONG = (
     "maximum context length",
     "context length",
@@ -201,6 +204,9 @@ async def ask(endpoint: Endpoint, request: dict[str, Any]) -> Performed:
     else:
         from bascule.plugins.models.openai import ask as asking
     performed = await asking(endpoint, key_of(endpoint), request)
+    if len(msgspec.json.encode(performed.answer)) > MOST_ANSWER:
+        answer = {**performed.answer, "content": [], "stop_reason": TOO_LARGE}
+        performed = msgspec.structs.replace(performed, answer=answer, stop_reason=TOO_LARGE)
     return msgspec.structs.replace(performed, pause=unusable(endpoint, performed.stop_reason))
 
 
@@ -213,6 +219,9 @@ def unusable(endpoint: Endpoint, stop_reason: str | None) -> str | None:
         case "refusal":
             what = f"{endpoint.said} refused to answer."
             step = "`bascule log RUN --type model.called --json` shows what was asked, `bascule resume RUN` asks again."
+        case kind if kind == TOO_LARGE:
+            what = f"The answer of {endpoint.said} is over {MOST_ANSWER} bytes; what it said is not kept."
+            step = "`bascule resume RUN` asks again; start with a lower max_tokens if that does not help."
         case "model_context_window_exceeded":
             what = f"What was asked does not fit into the context of {endpoint.said}."
             step = "Choose a model with a larger one, or fewer calls and less evidence."
@@ -257,10 +266,11 @@ def failure(endpoint: Endpoint, key: str, status: int | None, said: str) -> Mode
     return (TooLong if too_long(status, said) else ModelError)(what, next_step=step)
 
 
-def out_of_time(endpoint: Endpoint) -> ModelError:
-    """The call took longer than it may."""
+def out_of_time(endpoint: Endpoint, failed: str) -> ModelError:
+    """The call took longer than it may; ``failed`` says how an attempt before the last one did, or is empty."""
+    before = f"; an attempt before {failed}" if failed else ""
     return ModelError(
-        f"{endpoint.said} gave no answer within {endpoint.total_s:g} s, all attempts together.",
+        f"{endpoint.said} gave no answer within {endpoint.total_s:g} s, all attempts together{before}.",
         next_step="Wait and `bascule resume RUN`; total_s and timeout_s say how long it may take.",
     )
 
@@ -269,5 +279,6 @@ def not_understood(endpoint: Endpoint, why: str) -> ModelError:
     """An answer that does not have the form of the API."""
     return ModelError(
         f"What {endpoint.said} answers is not of the provider {endpoint.provider}: {why}.",
-        next_step="Check base_url and provider.",
+        next_step="Check base_url and provider: a run keeps those that it was started with, so start again with others, "
+        "or `bascule resume RUN` once the endpoint answers as it should.",
     )

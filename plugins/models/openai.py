@@ -10,6 +10,7 @@ from bascule.plugins.models.attempts import through
 from bascule.plugins.models.endpoint import Endpoint, not_understood
 from bascule.plugins.models.messages import NO_JSON
 from bascule.plugins.policy import Performed
+from bascule.schemas.budget import Count
 
 _STOPS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens", "content_filter": "refusal"}
 
@@ -41,8 +42,8 @@ class _Details(msgspec.Struct):
 
 
 class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: Count = 0
+    completion_tokens: Count = 0
     prompt_tokens_details: _Details | None = None
 
 

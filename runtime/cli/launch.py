@@ -12,16 +12,16 @@ import structlog
 from bascule.plugins.loader import code_hash, plugins
 from bascule.plugins.tasks.splits import best_constant
 from bascule.runtime.audit.baselines import score_constant
-from bascule.runtime.cli.store import Store
+from bascule.runtime.cli.store import Store, leaves
 from bascule.runtime.exports.importing import unfinished
-from bascule.runtime.redaction import process_redaction, redact_log
+from bascule.runtime.redaction import process_redaction, redact_log, redact_message
 from bascule.runtime.runner import View, serve
 from bascule.runtime.services.catalog import SERVICES
 from bascule.runtime.state import RunState
 from bascule.runtime.world import changed_pins, world_of
 from bascule.schemas import subjects
 from bascule.schemas.envelope import Draft, Producer, Recorded
-from bascule.schemas.errors import ConfigError, PluginError
+from bascule.schemas.errors import ConfigError, EngineError, PluginError
 from bascule.schemas.events import (
     AblationRequested,
     CandidatePromoted,
@@ -228,8 +228,20 @@ async def roll_back(store: Store, run: str, *, to: int, reason: str) -> int | No
 
 
 async def work(store: Store, run: str, listeners: Sequence[Listener]) -> None:
-    """Serve a run with all five services until it needs nothing more."""
-    await serve(view_of(store, run, listeners), list(SERVICES.values()))
+    """Serve a run with all five services until it needs nothing more.
+
+    Where the engine fails, the run is paused with what a person can do about it.
+    """
+    try:
+        await serve(view_of(store, run, listeners), list(SERVICES.values()))
+    except Exception as error:
+        causes = [*leaves(error)]
+        state = await state_of(store, run) if all(isinstance(c, EngineError) for c in causes) else None
+        if state is None or state.end is not None:
+            raise
+        said = redact_message(str(causes[0]))
+        step = "" if "bascule resume" in said else f" Then `bascule resume {run}` goes on."
+        await end(store, run, cancel=False, reason=f"{said}{step}")
 
 
 async def watch(store: Store, run: str, listeners: Sequence[Listener]) -> None:

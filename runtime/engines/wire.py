@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from bascule.plugins.extras import install_command
+from bascule.plugins.models.attempts import told_while_waiting
 from bascule.plugins.models.endpoint import key_fault, too_long
 from bascule.schemas.errors import ConfigError, EngineError, PromptError
 
@@ -106,7 +107,8 @@ class Wire:
         try:
             if method == "GET":
                 return await client.get(url, cast_to=object)
-            return await client.post(url, body=dict(body or {}), cast_to=object)
+            async with told_while_waiting(url):
+                return await client.post(url, body=dict(body or {}), cast_to=object)
         except openai.APITimeoutError as error:
             raise Unreachable(
                 f"{url} did not answer within {self._timeout_s:g} s.",

@@ -89,7 +89,10 @@ async def start_engine(view: View, engine: Engine, choice: PluginChoice) -> Engi
         ConfigError: the run is to train, and the engine gives nothing to train from.
     """
     config, started = view.world.config, view.state.started
-    info = await engine.start()
+    try:
+        info = await engine.start()
+    except ConfigError as error:  # such as a key that this machine lacks
+        raise EngineError(error.message, next_step=error.next_step) from error
     if choice == config.engine and choice.name not in _STAND_INS:
         check_trainable(view.world, [name for name in CAPABILITIES if not getattr(info, name)])
     if choice == config.engine and started is not None and info.model_digest not in ("", started.model_digest):

@@ -20,6 +20,7 @@ from bascule.runtime.episodes.pool import HarnessPool
 from bascule.runtime.metering import Meter
 from bascule.runtime.services.inference import load_adapter, made_engine, served_name, start_engine
 from bascule.runtime.services.probing import probed
+from bascule.runtime.services.waiting import told_of_waiting
 from bascule.runtime.state import RunState
 from bascule.runtime.work import work_off
 from bascule.runtime.world import World, seed_of
@@ -116,6 +117,7 @@ class Rollout:
         async with contextlib.AsyncExitStack() as stack:
             episodes = await stack.enter_async_context(self._episodes(view.world))
             stack.push_async_callback(self._close)
+            stack.enter_context(told_of_waiting(view.logger))
             if isinstance(episodes, HarnessEpisodes):
                 await probed(view, NAME, episodes.report)
             await self._engine(view, None)

@@ -206,3 +206,19 @@ def test_a_call_that_fails_pauses_the_run_and_a_resume_asks_again(
         assert server.requests[0] == server.requests[1]
     assert len(here.calls()) == 4 + recorded
     assert json.loads(here.bascule("replay", "thinks", "--json", key=False))["differences"] == []
+
+
+@pytest.mark.parametrize(("key", "said"), [(False, "THE_MODEL_KEY, which is to hold"), (True, "cannot be reached")])
+def test_an_engine_that_cannot_be_asked_pauses_the_run(tmp_path: Path, key: bool, said: str) -> None:
+    small = ("--task", "arith", "--levers", "harness", "--max-gen", "1", "--run-id", "thinks", "--json", *SMALL[17:25])
+    asked = ("--engine", "openai", "--set", "engine.key_env=THE_MODEL_KEY", "--set", "engine.retries=0")
+    with serving(lambda *_: completion("7")) as server:
+        here = Place(tmp_path, server)
+        url = "http://127.0.0.1:9/v1" if key else f"{server.url}/v1"
+        ended = json.loads(here.bascule("run", *small, *asked, "--set", f"engine.url={url}", key=key, expected=1))
+        assert ended["status"] == "paused"
+        assert said in ended["reason"]
+        assert "bascule resume thinks" in ended["reason"]
+        if not key:
+            assert server.requests == []
+            assert json.loads(here.bascule("resume", "thinks", "--json"))["status"] == "completed"

@@ -8,8 +8,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 
+from bascule.plugins.models import attempts
 from bascule.plugins.models.anthropic import cached
 from bascule.plugins.models.endpoint import Endpoint, TooLong, ask, check_endpoint, check_ready
 from bascule.plugins.models.messages import NO_JSON, call_of, tool
@@ -172,7 +174,13 @@ async def test_an_endpoint_that_wants_to_be_left_alone_for_longer_than_a_call_ma
 
 async def test_a_call_ends_after_its_whole_time() -> None:
     said, _ = await failed(in_turn(Fault(hang=True)), total_s=0.5)
-    assert "within 0.5 s" in said
+    assert "within 0.5 s, all attempts together. " in said
+    said, _ = await failed(in_turn(*[Fault(503)] * 20), total_s=1.0, max_retries=20)
+    assert "an attempt before was answered with status 503" in said
+    with serving(in_turn()) as server:
+        gone = endpoint(server, max_retries=20, total_s=2.0)
+    with pytest.raises(ModelError, match="an attempt before had no connection, or lost it"):
+        await ask(gone, request_of(gone))
 
 
 @pytest.mark.parametrize("provider", ["anthropic", "openai"])
@@ -244,6 +252,7 @@ async def test_another_api_behind_the_url_is_said(provider: str) -> None:
         ("anthropic", message(stop_reason="refusal"), "refused to answer"),
         ("openai", completion(None, finish_reason="content_filter"), "refused to answer"),
         ("anthropic", message(stop_reason="model_context_window_exceeded"), "does not fit into the context"),
+        ("anthropic", message(use("write", {"content": "x" * (1 << 18)})), "is over 262144 bytes"),
     ],
 )
 async def test_an_answer_that_is_cut_off_or_refused_is_counted_and_pauses(
@@ -254,6 +263,31 @@ async def test_an_answer_that_is_cut_off_or_refused_is_counted_and_pauses(
     assert performed.pause is not None
     assert said in performed.pause
     assert "m-1 at http://127.0.0.1" in performed.pause
+
+
+async def test_what_is_too_large_to_be_recorded_is_not_kept_and_its_tokens_are() -> None:
+    performed, _ = await asked(in_turn(message(use("write", {"content": "x" * (1 << 20)}))))
+    assert len(msgspec.json.encode(performed.answer)) < 1000
+    assert performed.output_tokens > 0
+
+
+@pytest.mark.parametrize("provider", ["anthropic", "openai"])
+async def test_tokens_below_zero_are_no_answer(provider: str) -> None:
+    answer: dict[str, Any] = message(use("choose", {}), input_tokens=-5)
+    if provider == "openai":
+        answer = completion(None, {"choose": "{}"}, finish_reason="stop")
+        answer["usage"]["prompt_tokens"] = -5
+    said, _ = await failed(in_turn(answer), provider)
+    assert f"not of the provider {provider}" in said
+
+
+async def test_an_endpoint_that_takes_its_time_is_told_of(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "PATIENCE", 0.2)
+    said, _ = await failed(in_turn(Fault(hang=True)), total_s=1.0, max_retries=0)
+    assert "within 1 s" in said
+    assert 3 <= caplog.text.count("has not answered yet") <= 5
 
 
 async def test_a_model_that_cannot_be_made_to_use_a_tool_is_asked_to() -> None:
