@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from bascule.plugins.models.endpoint import Endpoint
+from bascule.runtime.engines.remote import target_model
 from bascule.schemas import events as ev
 from bascule.schemas.budget import Bounds, Price
 from bascule.schemas.landscape import Measured
@@ -65,8 +65,9 @@ class Spent(msgspec.Struct, kw_only=True):
 
     @property
     def tokens(self) -> int:
-        """Of episodes."""
-        return self.prompt_tokens + self.output_tokens
+        """Of episodes, and of the calls of policy and author, those that a cache held included."""
+        calls = sum(m.input + m.output + m.cache_read + m.cache_write for m in self.models.values())
+        return self.prompt_tokens + self.output_tokens + calls
 
 
 Spending = dict[Account, Spent]
@@ -159,13 +160,7 @@ def before_the_stop(spending: Spending, lever: str | None = None) -> Spent:
 
 def paid_target(config: RunConfig) -> str | None:
     """The model that episodes ask, where somebody else serves it and wants money for its tokens."""
-    asked = str(config.engine.params.get("model") or "")
-    match config.engine.name:
-        case "anthropic":
-            return Endpoint(provider="anthropic", model=asked).named
-        case "openai":
-            return asked or config.model
-    return None
+    return target_model(config.engine.name, config.engine.params, config.model)
 
 
 def unpriced(spent: Spent, config: RunConfig) -> tuple[str, ...]:

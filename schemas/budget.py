@@ -16,7 +16,7 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     Attributes:
         generations: lever choices after the first harness.
         rollouts: episodes, those of an author's trials included.
-        tokens: of their prompts and outputs.
+        tokens: of their prompts and outputs, and of what a policy and an author ask models.
         seconds: of the services' work; what several pieces of work share on one worker counts once.
         gpu_seconds: of those, on a GPU, times the GPUs.
         dollars: by the run's prices.

@@ -279,6 +279,6 @@ def not_understood(endpoint: Endpoint, why: str) -> ModelError:
     """An answer that does not have the form of the API."""
     return ModelError(
         f"What {endpoint.said} answers is not of the provider {endpoint.provider}: {why}.",
-        next_step="Check base_url and provider: a run keeps those that it was started with, so start again with others, "
+        next_step="Check base_url and provider: a run keeps those that it was started with; start with others, "
         "or `bascule resume RUN` once the endpoint answers as it should.",
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from contextlib import suppress
 
 import msgspec
@@ -147,11 +149,17 @@ def test_work_is_put_down_to_its_generation_its_lever_and_its_service() -> None:
     assert s[0, None, "rollout"] == Spent(rollouts=1, prompt_tokens=10, output_tokens=3, seconds=0.25, cpu_seconds=0.25)
     assert s[0, None, "verifier"] == Spent(seconds=0.125, cpu_seconds=0.125)
     author = s[1, "harness", "feedback"]
-    assert (author.calls, author.rollouts, author.tokens, author.seconds, author.gpu_seconds) == (1, 5, 70, 5.0, 3.0)
+    assert (author.calls, author.rollouts, author.tokens, author.seconds, author.gpu_seconds) == (
+        1,
+        5,
+        70 + 1350,
+        5.0,
+        3.0,
+    )
     assert s[2, "weights", "trainer"] == Spent(seconds=3.0, gpu_seconds=12.0)
     assert s[2, "weights", "rollout"].gpu_seconds == 1.0
     assert budgets.spent(state) == {
-        "generations": 2, "rollouts": 8, "tokens": 13 + 70 + 26, "seconds": 0.375 + 2.0 + 5.0 + 3.0 + 1.0,
+        "generations": 2, "rollouts": 8, "tokens": 13 + 70 + 26 + 2 * 1350, "seconds": 0.375 + 2.0 + 5.0 + 3.0 + 1.0,
         "gpu_seconds": 16.0, "dollars": pytest.approx(budgets.spent(state)["dollars"]),
     }  # fmt: skip
     assert budgets.spent(state, "weights")["gpu_seconds"] == 13.0
@@ -171,7 +179,7 @@ def test_a_dollar_is_what_tokens_and_machines_cost_by_the_given_prices() -> None
 @pytest.mark.parametrize(
     ("engine", "params", "target"),
     [
-        ("anthropic", {}, "claude-sonnet-5-5"),
+        ("anthropic", {}, "own"),
         ("anthropic", {"model": "x"}, "x"),
         ("openai", {}, "own"),
         ("openai", {"model": "x"}, "x"),
@@ -192,6 +200,13 @@ def test_the_tokens_of_a_model_behind_an_endpoint_cost_its_price(
     assert dollars(spent, config) == pytest.approx((10 * 5 + 3 * 25) / 1e6)
     assert unpriced(spent, config) == ()
     assert unpriced(spent, msgspec.structs.replace(config, prices={})) == (target,)
+
+
+def test_spending_knows_models_without_the_packages_that_ask_or_compute_them() -> None:
+    heavy = "{'torch', 'transformers', 'numpy', 'anthropic', 'openai', 'httpx'}"
+    code = f"import sys, bascule.runtime.spending; print(*({heavy} & set(sys.modules)))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (0, "\n")
 
 
 def test_what_has_no_price_is_named_and_not_taken_for_free() -> None:
