@@ -29,7 +29,7 @@ from bascule.plugins.models.messages import (
     uses,
 )
 from bascule.plugins.policies.evidence import evidence, promoted
-from bascule.plugins.policies.feasibility import unmet
+from bascule.plugins.policies.feasibility import no_harness, unmet
 from bascule.plugins.policy import (
     READ,
     AlgorithmInfo,
@@ -169,15 +169,8 @@ def choice_of(option: Option) -> str:
 def feasible_options(given: PolicyInput) -> list[Option]:
     """Everything that could be chosen, with what stands against it; without scores."""
     land = promoted(given).train
-    return [_harness(given), *(_weights(given, a, unmet(a, land)) for a in given.algorithms), Option(lever="stop")]
-
-
-def _harness(given: PolicyInput) -> Option:
-    if "harness" not in given.levers:
-        return Option(lever="harness", feasible=False, reasons=("the run leaves the harness alone",))
-    if given.edits_left == 0:
-        return Option(lever="harness", feasible=False, reasons=("the author has no untried edit of this harness",))
-    return Option(lever="harness")
+    harness = no_harness(given) or Option(lever="harness")
+    return [harness, *(_weights(given, a, unmet(a, land)) for a in given.algorithms), Option(lever="stop")]
 
 
 def _weights(given: PolicyInput, info: AlgorithmInfo, missing: tuple[str, ...]) -> Option:

@@ -10,12 +10,21 @@ from typing import Any, TypeVar
 import msgspec
 
 from bascule.plugins.algorithm import Requires
-from bascule.plugins.policy import AlgorithmInfo, PolicyStart
+from bascule.plugins.policy import AlgorithmInfo, PolicyInput, PolicyStart
 from bascule.schemas.decision import Option
 from bascule.schemas.errors import ConfigError
 from bascule.schemas.landscape import RewardLandscape
 
 P = TypeVar("P")
+
+
+def no_harness(given: PolicyInput) -> Option | None:
+    """The lever harness where it cannot be pulled; None where it can."""
+    if "harness" not in given.levers:
+        return Option(lever="harness", feasible=False, reasons=("the run leaves the harness alone",))
+    if given.edits_left == 0:
+        return Option(lever="harness", feasible=False, reasons=("the author has no untried edit of this harness",))
+    return None
 
 
 def parameters(policy: str, params: dict[str, Any], kind: type[P]) -> P:
@@ -100,7 +109,7 @@ def check_named(policy: str, algorithm: str, given: PolicyStart) -> None:
 def unknown(policy: str, algorithm: str, known: list[str]) -> ConfigError:
     """What is said where a policy is told to use an algorithm that is not there."""
     return ConfigError(
-        f"The policy {policy} is told to use {algorithm!r}, and there is none.", next_step=f"{', '.join(known)}."
+        f"The policy {policy} is told to use {algorithm!r}, and there is none.", next_step=f"Known: {', '.join(known)}."
     )
 
 

@@ -71,7 +71,7 @@ from bascule.plugins.policies.evidence import (
     plateau,
     promoted,
 )
-from bascule.plugins.policies.feasibility import check_named, only, parameters, unmet
+from bascule.plugins.policies.feasibility import check_named, no_harness, only, parameters, unmet
 from bascule.plugins.policy import AlgorithmInfo, CallResult, Generation, PolicyInput, PolicyStart
 from bascule.schemas.decision import LeverDecision, Option
 from bascule.schemas.landscape import Interval, RewardLandscape
@@ -204,10 +204,8 @@ def _keeping(options: list[Option], history: Sequence[Generation], t: Thresholds
 
 
 def _harness(given: PolicyInput, t: Thresholds) -> Option:
-    if "harness" not in given.levers:
-        return Option(lever="harness", feasible=False, reasons=("the run leaves the harness alone",))
-    if given.edits_left == 0:
-        return Option(lever="harness", feasible=False, reasons=("the author has no untried edit of this harness",))
+    if (not_feasible := no_harness(given)) is not None:
+        return not_feasible
     flat = plateau(given.history)
     if flat < t.patience:
         why = "no edit was tried yet" if flat == 0 else f"{flat} edit(s) in a row without promotion"

@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 
 from bascule.plugins.policies.evidence import evidence
-from bascule.plugins.policies.feasibility import check_named
+from bascule.plugins.policies.feasibility import check_named, no_harness
 from bascule.plugins.policy import PolicyInput, PolicyStart
 from bascule.schemas.decision import LeverDecision, Option
 from bascule.schemas.errors import ConfigError
@@ -42,9 +42,10 @@ def take(given: PolicyInput, turn: Turn, why: str, algorithms: Sequence[Option])
     What is feasible and not on scores 0, as the schedule does not want it.
     """
     off = f"it is the turn of the {turn}"
+    edit = Option(lever="harness", score=1.0, reasons=("the author can edit the harness",))
     options = tuple(
         o if o.lever == turn or not o.feasible else msgspec.structs.replace(o, score=0.0, reasons=(*o.reasons, off))
-        for o in (_harness(given), *algorithms)
+        for o in (no_harness(given) or edit, *algorithms)
     )
     on = [o for o in options if o.lever == turn]
     chosen = max((o for o in on if o.feasible), key=lambda o: o.score or 0.0, default=None)
@@ -61,11 +62,3 @@ def take(given: PolicyInput, turn: Turn, why: str, algorithms: Sequence[Option])
     return LeverDecision(
         lever=chosen.lever, algorithm=chosen.algorithm, reasons=reasons, options=options, evidence=seen
     )
-
-
-def _harness(given: PolicyInput) -> Option:
-    if "harness" not in given.levers:
-        return Option(lever="harness", feasible=False, reasons=("the run leaves the harness alone",))
-    if given.edits_left == 0:
-        return Option(lever="harness", feasible=False, reasons=("the author has no untried edit of this harness",))
-    return Option(lever="harness", score=1.0, reasons=("the author can edit the harness",))
