@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,16 +16,25 @@ if TYPE_CHECKING:
 
     from bascule.runtime.doctor.finding import Finding
 
+_AS_RUN = "As `bascule run` has it."
 _MARKS = {"ok": "ok", "warns": "warns", "fails": "FAILS", "skipped": "-"}
 
 
 @app.command()
 def doctor(
     profile: Profile = None,
-    task: Annotated[str | None, typer.Option(help="As `bascule run` has it.")] = None,
-    engine: Annotated[str | None, typer.Option(help="As `bascule run` has it.")] = None,
-    policy: Annotated[str | None, typer.Option(help="As `bascule run` has it.")] = None,
-    author: Annotated[str | None, typer.Option(help="As `bascule run` has it.")] = None,
+    task: Annotated[str | None, typer.Option("--task", "--task-file", help=_AS_RUN)] = None,
+    task_dir: Annotated[Path | None, typer.Option("--task-dir", "--task_dir", help=_AS_RUN)] = None,
+    max_gen: Annotated[int | None, typer.Option("--max-gen", "--max_gen", help=_AS_RUN)] = None,
+    seed: Annotated[int | None, typer.Option(help=_AS_RUN)] = None,
+    levers: Annotated[str | None, typer.Option(help=_AS_RUN)] = None,
+    model: Annotated[str | None, typer.Option(help=_AS_RUN)] = None,
+    engine: Annotated[str | None, typer.Option(help=_AS_RUN)] = None,
+    policy: Annotated[str | None, typer.Option(help=_AS_RUN)] = None,
+    author: Annotated[str | None, typer.Option(help=_AS_RUN)] = None,
+    harness: Annotated[Path | None, typer.Option(help=_AS_RUN)] = None,
+    regime: Annotated[str | None, typer.Option(help=_AS_RUN)] = None,
+    unsafe: Annotated[bool, typer.Option("--unsafe-no-sandbox", help=_AS_RUN)] = False,
     set_: Set = None,
     online: Annotated[
         bool, typer.Option("--online", help="Also ask the endpoints that the configuration names for their models.")
@@ -36,18 +46,29 @@ def doctor(
 ) -> None:
     """Look at this machine, and at what a run would need of it: packages, plugins, task, model, GPU, memory, disk,
     sandbox, log, keys, endpoints. Nothing is fetched or spent. Exit 1 if something that the run needs fails."""
+    from bascule.runtime.cli.harness_folder import harness_in
+    from bascule.runtime.cli.sia import directory_named
     from bascule.runtime.cli.store import home_folder
     from bascule.runtime.doctor.finding import Asked
     from bascule.runtime.doctor.report import examine
 
+    values = {
+        "max_generations": max_gen,
+        "seed": seed,
+        "levers": [part.strip() for part in levers.split(",") if part.strip()] if levers is not None else None,
+        "model": model,
+        "task.regime": regime,
+        "sandbox.unsafe": unsafe or None,
+        "harness": harness_in(harness) if harness is not None else None,
+    }
     asked = Asked(
         home=str(home_folder(home)),
         profile=str(profile) if profile is not None else None,
-        task=task,
+        task=task if task_dir is None else directory_named(task_dir),
         engine=engine,
         policy=policy,
         author=author,
-        overrides=tuple(set_ or ()),
+        overrides=(*_settings(values), *(set_ or ())),
         online=online,
         patience=seconds / 3,
     )
@@ -69,6 +90,13 @@ def doctor(
         console.print(f"{line}, in {took:.1f} s", markup=False, highlight=False)
     if counts["fails"]:
         raise typer.Exit(Exit.DIFFERS)
+
+
+def _settings(values: dict[str, Any]) -> list[str]:
+    """Values of a configuration as --set has them, those that are given."""
+    import msgspec
+
+    return [f"{key}={msgspec.json.encode(value).decode()}" for key, value in values.items() if value is not None]
 
 
 def _show(finding: Finding, console: Console) -> None:

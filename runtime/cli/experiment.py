@@ -43,7 +43,8 @@ def experiment(
 ) -> None:
     """Run arms at one budget over seeds, and compare them with intervals. Again after an end of any kind, it goes on.
 
-    Exit 1 if a run is not completed.
+    Exit 1 if a run is not completed. A table that is there gives way only to one with all of its completed runs, and to
+    none where a run is refused.
     """
     from functools import partial
 
@@ -53,7 +54,7 @@ def experiment(
     from bascule.runtime.cli.experiment_file import read_experiment
     from bascule.runtime.cli.experiment_runs import comparison_of, make_runs
     from bascule.runtime.cli.store import home_folder, open_store
-    from bascule.runtime.experiments.output import write_files
+    from bascule.runtime.experiments.output import check_folder, write_files
 
     asked = read_experiment(file, plugins(), quick=quick, only=_parts(only), seeds=_seeds(seeds))
     console = make_console(err=as_json)
@@ -63,9 +64,10 @@ def experiment(
 
     async def execute() -> Comparison:
         async with open_store(home_folder(home), exclusive=True, writes=True) as store:
+            folder = out.expanduser() if out is not None else store.home / "experiments" / asked.name
+            check_folder(folder)
             lines = await make_runs(store, asked, say, partial(live_progress, as_json))
             found = await comparison_of(store, asked, lines)
-            folder = out.expanduser() if out is not None else store.home / "experiments" / asked.name
             return await asyncio.to_thread(write_files, found, folder)
 
     found = run_async(execute())

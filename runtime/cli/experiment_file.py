@@ -71,6 +71,7 @@ def read_experiment(
     """Read an experiment and check all of it, before anything is recorded or spent.
 
     Args:
+        quick: lay the file's table ``[quick]`` over what all arms share.
         only: the arms to make; all of them if it is empty.
         seeds: instead of the file's.
 
@@ -78,8 +79,17 @@ def read_experiment(
         ConfigError: the file cannot be read, or something in it cannot be used; names file and key.
     """
     with named_file("experiment", file):
-        check_leaves(tables := parsed(file), loaded)
+        check_leaves(tables := _tables(file), loaded)
         return _read(tables, file.absolute().parent, loaded, quick=quick, only=only, seeds=seeds)
+
+
+def _tables(file: Path) -> dict[str, Any]:
+    try:
+        return parsed(file)
+    except ConfigError as e:
+        if isinstance(e.__cause__, OSError):
+            raise ConfigError(e.message, next_step="Name a file that you can read; ops/experiments/ holds some.") from e
+        raise
 
 
 def _read(
@@ -91,6 +101,11 @@ def _read(
             raise ConfigError(f"{name} is no table.", next_step=f"Write [{name}].")
     head = _head(tables.get("experiment", {}))
     over = dict(tables.get("quick", {}))
+    if quick and not over:
+        raise ConfigError(
+            "it has no values in a table [quick], so --quick would make everything in full.",
+            next_step="Write one, for example [quick.budget] with rollouts = 1000, or leave --quick out.",
+        )
     quick_seeds = over.pop("seeds", None)
     if quick and quick_seeds is not None:
         head = _head({**tables["experiment"], "seeds": quick_seeds})

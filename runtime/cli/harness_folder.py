@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
+from typing import NoReturn
 
 from bascule.runtime.episodes.allowed import refusal
 from bascule.runtime.world import World
@@ -10,14 +13,23 @@ from bascule.schemas.errors import ConfigError, HarnessError
 from bascule.schemas.harness import MAX_BYTES, make_harness
 
 _LEFT_OUT = ("__pycache__", ".git")
+_KINDS = {
+    stat.S_IFLNK: "a link",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFBLK: "a device",
+    stat.S_IFCHR: "a device",
+}
 
 
 def harness_in(folder: Path) -> dict[str, str]:
     """The files of a harness, by their names below the folder, checked as those of any harness.
 
+    The folder itself may be given as a link; nothing in it may be one, so that only what stands there is recorded.
+
     Raises:
-        HarnessError: there is no such folder, a file cannot be read or is no text, or they are no usable harness; names
-            the folder and the file.
+        HarnessError: there is no such folder, something in it is neither a file nor a folder, a file cannot be read or
+            is no text, or they are no usable harness; names the folder and the file.
     """
     if not folder.is_dir():
         raise HarnessError(
@@ -33,25 +45,58 @@ def harness_in(folder: Path) -> dict[str, str]:
 def _read(folder: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     size = 0
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if not path.is_file() or any(part in _LEFT_OUT for part in path.relative_to(folder).parts):
-            continue
-        try:
-            with path.open("rb") as file:
-                data = file.read(MAX_BYTES + 1)
-            found[name] = data.decode()
-        except UnicodeDecodeError as e:
-            raise HarnessError(f"{name} is no UTF-8 text: {e}.", next_step="Save it as UTF-8, or remove it.") from e
-        except OSError as e:
-            raise HarnessError(f"{name} cannot be read: {e.strerror or e}.", next_step="Correct that.") from e
-        size += len(name.encode()) + len(data)
-        if size > MAX_BYTES:  # a folder that is none may be large
-            raise HarnessError(
-                f"With {name} it is over {MAX_BYTES} bytes, the limit.",
-                next_step="Keep data in the task, not in the harness.",
-            )
+    top = folder.resolve()
+    # It follows no links, and opens by folder, so that none that takes a folder's place meanwhile is followed either.
+    for path, folders, files, descriptor in os.fwalk(top, onerror=_unread):
+        below = Path(path).relative_to(top)
+        folders[:] = sorted(name for name in folders if name not in _LEFT_OUT)
+        for file in sorted({*folders, *files} - {*_LEFT_OUT}):
+            name = (below / file).as_posix()
+            data = _data(name, file, descriptor)
+            if data is None:
+                continue
+            try:
+                found[name] = data.decode()
+            except UnicodeDecodeError as e:
+                raise HarnessError(f"{name} is no UTF-8 text: {e}.", next_step="Save it as UTF-8, or remove it.") from e
+            size += len(name.encode()) + len(data)
+            if size > MAX_BYTES:  # a folder that is none may be large
+                raise HarnessError(
+                    f"With {name} it is over {MAX_BYTES} bytes, the limit.",
+                    next_step="Keep data in the task, not in the harness.",
+                )
     return found
+
+
+def _data(name: str, file: str, folder: int) -> bytes | None:
+    """What a file of an open folder begins with, a byte more than a harness may have; None for a folder."""
+    try:
+        mode = os.stat(file, dir_fd=folder, follow_symlinks=False).st_mode
+        if stat.S_ISDIR(mode):
+            return None
+        _check_kind(name, mode)
+        # What it is may have changed since.
+        opened = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+        with open(opened, "rb") as data:
+            _check_kind(name, os.fstat(opened).st_mode)
+            return data.read(MAX_BYTES + 1)
+    except OSError as e:
+        raise HarnessError(f"{name} cannot be read: {e.strerror or e}.", next_step="Correct that.") from e
+
+
+def _check_kind(name: str, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise HarnessError(
+            f"{name} is {kind}; a harness has files and folders alone.",
+            next_step="Copy the file itself into the folder, or take it away.",
+        )
+
+
+def _unread(error: OSError) -> NoReturn:
+    raise HarnessError(
+        f"{error.filename} cannot be read: {error.strerror or error}.", next_step="Correct that."
+    ) from error
 
 
 def check_harness(world: World) -> None:

@@ -22,6 +22,7 @@ import msgspec
 from bascule.plugins.models.endpoint import Endpoint, Provider, key_fault
 from bascule.runtime.doctor.finding import Asked, Finding, untold
 from bascule.runtime.engines.openai import Params as OpenAI
+from bascule.runtime.engines.remote import target_model
 from bascule.schemas.errors import ConfigError
 from bascule.schemas.run import RunConfig
 
@@ -83,11 +84,11 @@ def _thinking(who: str, params: Mapping[str, Any]) -> Wanted:
 def _serving(config: RunConfig) -> list[Wanted]:
     """What an engine asks; nothing for one that computes here or starts its own server."""
     name, params = config.engine.name, config.engine.params
+    asked = target_model(name, params, config.model)
     if name == "anthropic":
-        return [_thinking("engine", {**params, "provider": "anthropic"})]
+        return [_thinking("engine", {**params, "provider": "anthropic", "model": asked})]
     if name == "openai":
-        usual = {"model": config.model, "url": OpenAI().url, "key_env": OpenAI().key_env}
-        params = {**usual, **params}
+        params = {"url": OpenAI().url, "key_env": OpenAI().key_env, **params, "model": asked}
     url, urls = params.get("url") or "", params.get("urls") or ()
     if not isinstance(urls, list | tuple) or not all(isinstance(one, str) for one in (url, *urls)):
         raise ConfigError(

@@ -15,7 +15,7 @@ import msgspec
 from bascule.plugins.engine import Engine, EngineInfo, Sampled, SampleRequest
 from bascule.plugins.models.endpoint import Endpoint, TooLong, ask, check_endpoint, check_ready
 from bascule.plugins.policy import Performed
-from bascule.runtime.engines.remote import Calls, no_adapters, read_params
+from bascule.runtime.engines.remote import Calls, no_adapters, read_params, target_model
 from bascule.schemas.errors import EngineError, ModelError, PromptError
 from bascule.schemas.trajectory import Output
 
@@ -28,6 +28,7 @@ class Params(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """What a configuration may set; see :class:`bascule.plugins.models.endpoint.Endpoint`.
 
     Attributes:
+        model: its name there; by default the run's ``model``, and where the run names none the usual Claude.
         concurrency: calls at one time.
         temperature: whether it is sent: newer models refuse it.
     """
@@ -156,10 +157,11 @@ def _output(answer: Performed, stop: tuple[str, ...]) -> Output:
 
 
 def make(model: str, params: dict[str, Any]) -> Engine:
-    """An engine for a model behind the Messages API, named by ``params["model"]``; the run's ``model`` is a local one.
+    """An engine for a model behind the Messages API; see :class:`Params`.
 
     Raises:
         ConfigError: a parameter is unknown or not usable.
     """
-    del model
-    return AnthropicEngine(read_params("anthropic", params, Params))
+    checked = read_params("anthropic", params, Params)
+    asked = target_model("anthropic", params, model) or ""
+    return AnthropicEngine(msgspec.structs.replace(checked, model=asked))

@@ -14,7 +14,7 @@ import msgspec
 
 from bascule.plugins.engine import Engine, EngineInfo, Sampled, SampleRequest
 from bascule.runtime.engines.presets import preset_of
-from bascule.runtime.engines.remote import Calls, no_adapters, read_params
+from bascule.runtime.engines.remote import Calls, no_adapters, read_params, target_model
 from bascule.runtime.engines.replica import plain
 from bascule.runtime.engines.wire import Wire, read_key
 from bascule.schemas.errors import ConfigError, EngineError
@@ -97,7 +97,7 @@ class OpenAIEngine:
     cannot = frozenset({"adapters"})
 
     def __init__(self, model: str, params: Params) -> None:
-        self.model_name = params.model or model
+        self.model_name = model
         self.params = params
         self.info: EngineInfo | None = None
         self._wire: Wire | None = None
@@ -224,6 +224,7 @@ def make(model: str, params: dict[str, Any]) -> Engine:
         ConfigError: a parameter is unknown or not usable, or no model is named.
     """
     checked = read_params("openai", params, Params)
-    if not (checked.model or model):
+    asked = target_model("openai", params, model)
+    if not asked:
         raise ConfigError("The engine 'openai' is told no model.", next_step="Set engine.params.model.")
-    return OpenAIEngine(model, checked)
+    return OpenAIEngine(asked, checked)

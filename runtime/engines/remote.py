@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
 
+from bascule.plugins.models.endpoint import CLAUDE
 from bascule.schemas.errors import ConfigError, EngineError
+from bascule.trainers.base_model import DEFAULT_MODEL
 
 T = TypeVar("T")
 CLOSED = "The engine was closed before it answered."
@@ -65,6 +67,24 @@ class Calls:
         for task in self._open:
             task.cancel()
         await asyncio.gather(*self._open, return_exceptions=True)
+
+
+def target_model(engine: str, params: Mapping[str, Any], model: str) -> str | None:
+    """The model that an engine asks for at somebody's endpoint; None for an engine that asks none.
+
+    Its parameters go before the run's ``model``. The run's usual one is embedded and no Claude, so that with
+    ``anthropic`` it stands for the usual Claude.
+
+    Args:
+        params: of the engine.
+        model: the run's.
+    """
+    if engine not in ("anthropic", "openai"):
+        return None
+    named: str | None = params.get("model")
+    if named:
+        return named
+    return CLAUDE if engine == "anthropic" and model in ("", DEFAULT_MODEL) else model
 
 
 def read_params(engine: str, params: dict[str, Any], kind: type[T]) -> T:

@@ -4,19 +4,55 @@ from __future__ import annotations
 
 import csv
 import io
+import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 
-from bascule.runtime.experiments.comparison import Comparison, Estimate, Row
+from bascule.runtime.experiments.comparison import Comparison, Estimate, Row, RunLine
+from bascule.schemas.errors import ConfigError
 from bascule.schemas.landscape import Interval
 
 NAMES = ("table.json", "table.csv", "table.png")
 
 
+class _Table(msgspec.Struct):
+    """What is read of a table that is there."""
+
+    runs: tuple[RunLine, ...]
+
+
+def check_folder(folder: Path) -> None:
+    """Make the folder, and see that the files can be written there.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    step = "Give --out a folder that can be written."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        taken = [p for name in NAMES if (p := folder / name).exists() and not (p.is_file() and os.access(p, os.W_OK))]
+    except (FileExistsError, NotADirectoryError) as e:
+        raise ConfigError(f"The table cannot be written to {folder}: that is no folder.", next_step=step) from e
+    except OSError as e:
+        raise ConfigError(f"The table cannot be written to {folder}: {e.strerror or e}.", next_step=step) from e
+    if taken:
+        raise ConfigError(f"The table cannot be written: {taken[0]} is no file to write.", next_step=step)
+
+
 def write_files(found: Comparison, folder: Path) -> Comparison:
-    """Write the three files into the folder; the comparison comes back with their paths."""
+    """Write the three files into the folder; the comparison comes back with their paths.
+
+    What is there is left as it is where a run is refused, or where the table there has a completed run that this one
+    lacks. Then the comparison comes back without paths, and with a note that says so.
+    """
+    if (why := _left(found, folder)) is not None:
+        note = f"no table was written, and what is in {folder} is as it was: {why}"
+        return msgspec.structs.replace(found, notes=(*found.notes, note))
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in NAMES]
     told = msgspec.structs.replace(found, files=tuple(str(p) for p in paths))
@@ -24,6 +60,25 @@ def write_files(found: Comparison, folder: Path) -> Comparison:
     paths[1].write_text(as_csv(found), encoding="utf-8")
     draw(found, paths[2])
     return told
+
+
+def _left(found: Comparison, folder: Path) -> str | None:
+    """Why the files of a folder are left as they are; None where they give way, or there are none."""
+    refused = sum(line.status == "refused" for line in found.runs)
+    if refused:
+        return f"{refused} {'run is' if refused == 1 else 'runs are'} refused"
+    try:
+        there = msgspec.json.decode((folder / NAMES[0]).read_bytes(), type=_Table)
+    except (FileNotFoundError, msgspec.DecodeError):  # none, or one whose writing was cut off
+        return None
+    lost = sorted(_completed(there.runs) - _completed(found.runs))
+    if lost:
+        return f"its table also has {', '.join(lost)}. Ask for these runs as well, or give another folder with --out"
+    return None
+
+
+def _completed(runs: Iterable[RunLine]) -> set[str]:
+    return {line.run for line in runs if line.status == "completed"}
 
 
 def as_csv(found: Comparison) -> str:

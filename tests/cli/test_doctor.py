@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import os
 import socket
@@ -16,8 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from bascule.plugins.loader import plugins
+from bascule.plugins.tasks.harness_files import reference_files
+from bascule.runtime.cli import doctor as doctor_command
+from bascule.runtime.cli import runs
+from bascule.runtime.cli.app import app
 from bascule.runtime.cli.store import open_store
 from bascule.runtime.doctor.configured import check_configuration, check_model, check_task, made_config
 from bascule.runtime.doctor.endpoints import Wanted, check_endpoints, wanted
@@ -135,6 +141,30 @@ def test_a_bare_environment_is_looked_at_as_a_whole_and_nothing_is_fetched(tmp_p
     assert expected | {"sandbox", "nats-server", "home", "import torch", "endpoints"} <= set(report.lines)
     assert not list(tmp_path.rglob("*.whl")) + list(tmp_path.rglob("*.safetensors"))
     assert not (tmp_path / ".local").exists()
+
+
+def test_what_shapes_the_configuration_of_a_run_can_be_said_to_the_doctor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = {"run_id", "url", "credentials"}  # they say where a run is, not what
+    lacking = set(inspect.signature(runs.run).parameters) - set(inspect.signature(doctor_command.doctor).parameters)
+    assert lacking == elsewhere
+    files = reference_files(name="mine", system_prompt="Say the number.", params={"extract": "last_integer"})
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    given: list[Asked] = []
+    monkeypatch.setattr("bascule.runtime.doctor.report.examine", lambda asked, **_: given.append(asked) or [])
+    options = ("--levers", "harness, weights", "--model", "7", "--seed", "3", "--max_gen", "2", "--unsafe-no-sandbox")
+    more = ("--harness", str(tmp_path), "--set", "seed=4", "--json")
+    assert CliRunner().invoke(app, ["doctor", *options, *more]).exit_code == 0
+    config = made_config(given[0])
+    assert (config.levers, config.model, config.seed, config.max_generations) == (("harness", "weights"), "7", 4, 2)
+    assert (config.sandbox.unsafe, config.harness) == (True, files)
+    arguments = ["doctor", "--task", "lawbench", "--regime", "retrieval", "--json"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert made_config(given[1]).task.params["regime"] == "retrieval"
+    assert CliRunner().invoke(app, ["doctor", "--json"]).exit_code == 0
+    assert made_config(given[2]) == made_config(Asked(home="/nowhere"))
 
 
 def test_a_profile_whose_key_is_missing_fails_with_the_variable_and_asks_nobody(tmp_path: Path) -> None:

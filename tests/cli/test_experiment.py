@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from bascule.runtime.cli import launch
 from bascule.runtime.cli.app import app
 from bascule.runtime.cli.experiment_file import read_experiment
 from bascule.runtime.cli.experiment_runs import duration, make_runs, start_of
+from bascule.runtime.cli.harness_folder import harness_in
 from bascule.runtime.cli.store import Store, open_store
 from bascule.runtime.experiments.votes import MOST
 from bascule.schemas import events as ev
@@ -205,6 +208,36 @@ def test_an_arm_or_a_seed_that_is_none_is_refused_before_anything_is_made(tmp_pa
     assert not (tmp_path / "home").exists()
 
 
+@pytest.mark.parametrize("table", ["", "[quick]\n"])
+def test_quick_is_refused_where_the_file_does_not_say_what_it_is(tmp_path: Path, table: str) -> None:
+    file = written(tmp_path, HEAD + RUN + BUDGET + table + ARMS)
+    assert read_experiment(file, plugins())
+    with pytest.raises(ConfigError, match=r"no values in a table \[quick\]"):
+        read_experiment(file, plugins(), quick=True)
+
+
+def test_a_file_that_is_not_there_is_pointed_to_experiments(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file") as caught:
+        read_experiment(tmp_path / "none.toml", plugins())
+    assert "ops/experiments/" in (caught.value.next_step or "")
+
+
+def test_a_folder_that_cannot_take_the_table_is_refused_before_the_first_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def none(*_: Any) -> None:
+        pytest.fail("a run was made")
+
+    monkeypatch.setattr("bascule.runtime.cli.experiment_runs.make_runs", none)
+    file = written(tmp_path, HEAD + RUN + BUDGET + "[arms.a]\n")
+    (tmp_path / "taken" / "table.png").mkdir(parents=True)
+    for out in (file, file / "below", tmp_path / "taken", Path("/proc/bascule")):
+        with pytest.raises(ConfigError, match="table cannot be written") as caught:
+            invoked("experiment", str(file), "--out", str(out), home=tmp_path / "home")
+        assert str(out) in caught.value.message
+        assert "--out" in (caught.value.next_step or "")
+
+
 def test_code_that_takes_no_votes_is_refused_for_votes(tmp_path: Path) -> None:
     own = {"harness.py": "def solve(example, model, tools, context):\n    return '7'\n"}
     harness_folder(tmp_path / "own", **own)
@@ -278,6 +311,32 @@ def test_a_run_that_was_made_otherwise_is_refused_and_one_that_ended_is_told(tmp
     assert "2 of 3 runs" in found["notes"][0]
     shown = invoked("experiment", str(file), "--only", "b,c", home=home)
     assert "tiny-b-s1: cancelled: not wanted" in shown.stdout
+
+
+def test_a_table_gives_way_to_none_that_lacks_runs_of_it(tmp_path: Path) -> None:
+    home, file = tmp_path / "home", written(tmp_path, HEAD + RUN + BUDGET + "[arms.a]\n[arms.b]\n")
+
+    def made(*args: str, file: Path = file) -> Any:
+        return json.loads(invoked("experiment", str(file), "--json", *args, home=home).stdout)
+
+    def files() -> list[bytes]:
+        return [path.read_bytes() for path in sorted((home / "experiments" / "tiny").iterdir())]
+
+    assert len(made("--only", "a")["files"]) == 3
+    assert len(made()["files"]) == 3
+    whole = files()
+    part = made("--only", "a")
+    assert [row["completed"] for row in part["rows"]] == [1]
+    other = made("--seeds", "2")
+    assert [row["completed"] for row in other["rows"]] == [1, 1]
+    text = file.read_text().replace("[arms.a]", "[arms.a]\nshard_size = 3")
+    refused = made(file=written(tmp_path, text, "other.toml"))
+    assert [line["status"] for line in refused["runs"]] == ["refused", "completed"]
+    assert files() == whole
+    for found, why in ((part, "tiny-b-s1"), (other, "tiny-a-s1"), (refused, "1 run is refused")):
+        assert found["files"] == []
+        assert why in found["notes"][-1]
+    assert len(made("--seeds", "1,2")["files"]) == 3
 
 
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
@@ -373,6 +432,65 @@ def test_bytes_that_are_no_text_and_folders_that_are_none_are_refused(tmp_path: 
     for given, said in ((folder, r"notes\.bin is no UTF-8"), (tmp_path / "no", "no folder")):
         with pytest.raises(HarnessError, match=said):
             invoked("run", "--harness", str(given), home=tmp_path / "home")
+
+
+def test_a_folder_is_refused_that_has_more_than_files_and_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret").write_text("not to be recorded")
+    (tmp_path / "more").mkdir()
+    kinds: dict[str, tuple[str, Callable[[Path], Any]]] = {
+        "link": ("link", lambda path: path.symlink_to(tmp_path / "secret")),
+        "dangling": ("link", lambda path: path.symlink_to(tmp_path / "nothing")),
+        "folder": ("link", lambda path: path.symlink_to(tmp_path / "more")),
+        "fifo": ("FIFO", os.mkfifo),
+        "socket": ("socket", lambda path: socket.socket(socket.AF_UNIX).bind(path.name)),
+    }
+    for name, (kind, make) in kinds.items():
+        folder = harness_folder(tmp_path / name, **{"system_prompt.md": None, "sub/note.md": "text"})
+        for path in (folder / "system_prompt.md", folder / "sub" / "other"):
+            monkeypatch.chdir(path.parent)  # the path of a socket is short
+            make(path)
+            said = f"{path.relative_to(folder)} is a {kind}"
+            with pytest.raises(HarnessError, match=said) as caught:
+                harness_in(folder)
+            assert str(folder) in caught.value.message
+            assert "copy the file itself into the folder" in (caught.value.next_step or "").lower()
+            path.unlink()
+
+
+def test_a_file_that_becomes_a_link_when_it_is_opened_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret").write_text("not to be recorded")
+    folder, opened = harness_folder(tmp_path / "mine"), os.open
+
+    def swapped(path: Any, *args: Any, **given: Any) -> int:
+        if path == "system_prompt.md":
+            (folder / path).unlink()
+            become[-1](folder / path)
+        return opened(path, *args, **given)
+
+    monkeypatch.setattr(os, "open", swapped)
+    kinds: list[tuple[Callable[[Path], Any], str]] = [
+        (lambda path: path.symlink_to(tmp_path / "secret"), "cannot be read"),
+        (os.mkfifo, "is a FIFO"),
+    ]
+    become = []
+    for make, said in kinds:
+        become.append(make)
+        harness_folder(folder)
+        with pytest.raises(HarnessError, match=rf"system_prompt\.md {said}"):
+            harness_in(folder)
+        (folder / "system_prompt.md").unlink()
+
+
+def test_a_folder_that_is_given_as_a_link_is_taken_and_left_out_folders_are_not_looked_at(tmp_path: Path) -> None:
+    folder = harness_folder(tmp_path / "mine", **{"sub/note.md": "text", ".git/config": "x"})
+    (folder / ".git" / "head").symlink_to("config")
+    (tmp_path / "link").symlink_to(folder)
+    assert harness_in(tmp_path / "link") == harness_in(folder)
+    assert set(harness_in(folder)) == {"harness.py", "manifest.json", "sub/note.md", "system_prompt.md"}
 
 
 @pytest.mark.parametrize(

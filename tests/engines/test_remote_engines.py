@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,12 @@ from bascule.plugins.engine import Engine, Message, SampleRequest
 from bascule.plugins.kit_engine import Conditions, check_engine
 from bascule.plugins.loader import plugins
 from bascule.runtime.cli.configuration import configure, preflight
+from bascule.runtime.doctor.endpoints import wanted
 from bascule.runtime.engines import anthropic, openai
 from bascule.runtime.services.rollout import tokens_of
+from bascule.runtime.spending import paid_target
 from bascule.schemas.errors import ConfigError, EngineError, PromptError
+from bascule.schemas.run import PluginChoice, RunConfig
 from bascule.schemas.trajectory import ModelCall, Sampling, Trajectory, unpack_floats, unpack_ids
 from tests.models.server import KEY, Fault, Script, Server, completion, in_turn, message, serving, text
 
@@ -71,6 +75,36 @@ async def test_a_model_behind_the_messages_api_answers_and_its_tokens_are_counte
         kind="chat", asked="", prompt_ids=b"", outputs=sampled.outputs, sampling=asked.sampling, usage=sampled.usage
     )
     assert tokens_of(Trajectory(steps=(call,))) == (214, 40)
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "model", "asked"),
+    [
+        ("anthropic", {}, "claude-x", "claude-x"),
+        ("anthropic", {"model": "claude-y"}, "claude-x", "claude-y"),
+        ("anthropic", {"model": ""}, "claude-x", "claude-x"),
+        ("anthropic", {}, None, "claude-sonnet-5-5"),
+        ("openai", {}, "gpt-x", "gpt-x"),
+        ("openai", {"model": "gpt-y"}, "gpt-x", "gpt-y"),
+        ("openai", {"model": ""}, "gpt-x", "gpt-x"),
+        ("openai", {}, None, "smollm2-135m-instruct"),
+    ],
+)
+async def test_the_model_that_a_run_names_is_asked_looked_for_and_paid(
+    name: str, params: dict[str, Any], model: str | None, asked: str
+) -> None:
+    script: Script = lambda _, __: message(text("yes")) if name == "anthropic" else completion("yes")  # noqa: E731
+    with serving(script) as server:
+        at = {"base_url": server.url} if name == "anthropic" else {"url": f"{server.url}/v1"}
+        choice = PluginChoice(name=name, params={**at, "key_env": "ENDPOINT_KEY", **params})
+        named = {} if model is None else {"model": model}
+        config = RunConfig(task=PluginChoice(name="arith"), engine=choice, **named)
+        engine = plugins().registry.engines.get(name)(config.model, choice.params)
+        info = await engine.start()
+        await engine.sample(request())
+        await engine.close()
+    assert [sent["model"] for sent in server.requests] == [asked] * len(server.requests)
+    assert [one.model for one in wanted(config)] == [info.model] == [paid_target(config)] == [asked]
 
 
 async def test_failures_of_the_messages_api_are_engine_errors_without_the_key() -> None:
@@ -282,3 +316,9 @@ def test_a_run_that_is_to_train_is_refused_before_it_starts(name: str) -> None:
         preflight(configure({**given, "levers": ["harness", "weights"]}, [], plugins()), plugins())
     assert "--levers harness" in str(caught.value)
     assert preflight(configure({**given, "levers": ["harness"]}, [], plugins()), plugins())
+
+
+def test_the_guide_to_plugins_names_every_engine_that_is_built_in() -> None:
+    guide = (Path(__file__).parents[2] / "plugins" / "README.md").read_text(encoding="utf-8")
+    (row,) = [line for line in guide.splitlines() if line.startswith("| engine |")]
+    assert [name for name in plugins().registry.engines.items if f"`{name}`" not in row] == []
