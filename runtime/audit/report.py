@@ -101,7 +101,7 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
         unscored: trajectories without a verdict.
         budget: what is spent and left of each bound that the run has.
         looks: how many times the sealed split of this task has been looked at in this log, this run included.
-        notes: what is to be said about the task's own scoring, a sentence each.
+        notes: what is to be said of the task's own scoring, and of episodes that ended in errors, a sentence each.
     """
 
     run: str
@@ -160,6 +160,9 @@ def _seconds(span: tuple[str, str] | None) -> float:
 def _weaker(known: SandboxRow | None, found: SandboxRow) -> SandboxRow:
     """Of two workers of a service, the one whose sandbox holds less: the run is as safe as that."""
     return found if known is None or len(found.holds) <= len(known.holds) else known
+
+
+_MOST_ERRORS = 0.5
 
 
 def _reason(state: RunState) -> str:
@@ -240,6 +243,7 @@ class Reporter:
             unscored=self._unscored,
             budget=budget_rows(state),
             gaps=_gaps(next((row for row in rows if row.generation == state.best), None), sealed),
+            notes=_broken(state),
         )
 
     def _rows(self) -> tuple[GenerationRow, ...]:
@@ -276,6 +280,21 @@ class Reporter:
                 )
             )
         return tuple(rows)
+
+
+def _broken(state: RunState) -> tuple[str, ...]:
+    """A sentence on each evaluation of which most episodes ended in an error."""
+    found = []
+    for name, evaluation in state.evaluations.items():
+        if evaluation.completed is None or evaluation.request.purpose == "training":
+            continue
+        figures = evaluation.completed.landscape
+        if figures.errors > _MOST_ERRORS:
+            found.append(
+                f"{name}: {figures.errors:.0%} of {figures.samples} episodes ended in an error; "
+                f"`bascule log {state.run} --type trajectory.logged --json` has them."
+            )
+    return tuple(found)
 
 
 def _gaps(best: GenerationRow | None, sealed: ev.SealedReport | None) -> Gaps | None:

@@ -85,7 +85,9 @@ class Live:
                 s = d.landscape
                 return (
                     f"  {d.evaluation}: {s.score:.3f} [{s.score_interval.low:.3f}, {s.score_interval.high:.3f}] "
-                    f"over {s.groups} examples" + (f", {s.unscored} unscored" if s.unscored else "")
+                    f"over {s.groups} examples"
+                    + (f", {s.unscored} unscored" if s.unscored else "")
+                    + (f", {s.errors:.0%} of the episodes ended in an error" if s.errors else "")
                 )
             case ev.AdapterCheckpointed() as d:
                 m = d.metrics

@@ -302,7 +302,7 @@ async def _report(store: Store, name: str, *, picture: bool) -> RunReport:
         repeated_rollouts=rollouts,
         repeated_updates=updates,
         looks=0 if started is None else sum((await looks(store.log.read, started.config.task)).values()),
-        notes=await handed_in.notes(started.config) if picture and started else (),
+        notes=(*found.notes, *(await handed_in.notes(started.config) if picture and started else ())),
     )
     if picture and result.generations:
         path = store.home / "runs" / name / "report.png"

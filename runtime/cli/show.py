@@ -160,7 +160,10 @@ def _show_choice(found: Explanation, c: LeverChosen, console: Console) -> None:
     ranked = sorted((o for o in others if o.feasible), key=lambda o: -(o.score or 0.0))
     if ranked:
         text = "; ".join(
-            f"{named(o.lever, o.algorithm)} at {o.score or 0.0:.3g} ({'; '.join(o.reasons)})" for o in ranked
+            named(o.lever, o.algorithm)
+            + ("" if o.score is None else f" at {o.score:.3g}")
+            + (f" ({'; '.join(o.reasons)})" if o.reasons else "")
+            for o in ranked
         )
         console.print(f"Also feasible, and not chosen: {escape(text)}.", highlight=False)
     out = [o for o in others if not o.feasible]

@@ -172,6 +172,8 @@ class Feedback:
 
 async def _pause(view: View, reason: str, *before: Draft) -> None:
     """Pause the run, in one batch with what is recorded before."""
+    for command in ("bascule resume", "bascule log"):
+        reason = reason.replace(f"{command} RUN", f"{command} {view.run}")
     data = RunPaused(reason=view.redaction.text(reason))
     draft = Draft(subject=subjects.run_paused(view.run, view.state.pauses + 1), step=0, data=data)
     view.logger.warning("run.paused", reason=reason)
