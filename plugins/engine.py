@@ -12,6 +12,12 @@ import msgspec
 from bascule.schemas.trajectory import Output, Sampling
 
 
+def before_stop(text: str, stops: Sequence[str]) -> str | None:
+    """What stands before the first stop string of a text; None where none is in it."""
+    cuts = [at for at in map(text.find, filter(None, stops)) if at >= 0]
+    return text[: min(cuts)] if cuts else None
+
+
 class Message(msgspec.Struct, frozen=True):
     """One chat message."""
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from bascule.plugins.engine import Engine, EngineInfo, Sampled, SampleRequest
+from bascule.plugins.engine import Engine, EngineInfo, Sampled, SampleRequest, before_stop
 from bascule.plugins.models.endpoint import Endpoint, TooLong, ask, check_endpoint, check_ready
 from bascule.plugins.policy import Performed
 from bascule.runtime.engines.remote import Calls, no_adapters, read_params, target_model
@@ -147,12 +147,12 @@ class AnthropicEngine:
 def _output(answer: Performed, stop: tuple[str, ...]) -> Output:
     blocks = answer.answer.get("content", [])
     text = "".join(b["text"] for b in blocks if b.get("type") == "text")
-    cuts = [at for at in map(text.find, filter(None, stop)) if at >= 0]
+    cut = before_stop(text, stop)
     return Output(
         token_ids=b"",
         logprobs=b"",
-        text=text[: min(cuts)] if cuts else text,
-        finish_reason="length" if answer.stop_reason == "max_tokens" and not cuts else "stop",
+        text=text if cut is None else cut,
+        finish_reason="length" if answer.stop_reason == "max_tokens" and cut is None else "stop",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bascule.plugins.engine import Engine, EngineInfo, Sampled, SampleRequest
+from bascule.plugins.engine import Engine, EngineInfo, Sampled, SampleRequest, before_stop
 from bascule.schemas.errors import ConfigError
 from bascule.schemas.trajectory import Output
 
@@ -37,8 +37,8 @@ class ConstantEngine:
         del name
 
     async def sample(self, request: SampleRequest) -> Sampled:
-        cuts = [at for at in map(self._text.find, filter(None, request.sampling.stop)) if at >= 0]
-        output = Output(token_ids=b"", logprobs=b"", text=self._text[: min(cuts)] if cuts else self._text)
+        cut = before_stop(self._text, request.sampling.stop)
+        output = Output(token_ids=b"", logprobs=b"", text=self._text if cut is None else cut)
         return Sampled(prompt_ids=(), outputs=(output,) * request.n)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from bascule.plugins.engine import Message
+from bascule.plugins.engine import Message, before_stop
 from bascule.runtime.engines.presets import Preset
 from bascule.schemas.trajectory import Output, Sampling, unpack_ids
 
@@ -67,7 +67,5 @@ class Form:
             text = final_text(unpack_ids(output.token_ids))
         else:
             text = self._preset.said(output.text)
-        cuts = [at for at in map(text.find, filter(None, sampling.stop)) if at >= 0]
-        if cuts:
-            return replace(output, text=text[: min(cuts)], finish_reason="stop")
-        return replace(output, text=text)
+        cut = before_stop(text, sampling.stop)
+        return replace(output, text=text) if cut is None else replace(output, text=cut, finish_reason="stop")

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from bascule.plugins.engine import before_stop
 from bascule.runtime.engines.attention import Block, Decode, Placed, Prefill, Prefix, Together, area, register
 from bascule.runtime.engines.sampling import pick, uniform
 from bascule.schemas.trajectory import Output, Sampling, pack_floats, pack_ids
@@ -507,12 +508,12 @@ class Generator:
         if not (at_end or at_limit or sampling.stop):
             return None
         text = self._decode(one.tokens[:-1] if at_end else one.tokens)
-        cuts = [at for at in map(text.find, filter(None, sampling.stop)) if at >= 0]
-        if not (at_end or at_limit or cuts):
+        cut = before_stop(text, sampling.stop)
+        if not (at_end or at_limit) and cut is None:
             return None
         return Output(
             token_ids=pack_ids(one.tokens),
             logprobs=pack_floats(one.logprobs),
-            text=text[: min(cuts)] if cuts else text,
-            finish_reason="stop" if at_end or cuts else "length",
+            text=text if cut is None else cut,
+            finish_reason="length" if cut is None and not at_end else "stop",
         )

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from bascule.plugins.engine import Engine, EngineInfo, Sampled, SampleRequest
+from bascule.plugins.engine import Engine, EngineInfo, Sampled, SampleRequest, before_stop
 from bascule.runtime.engines.presets import preset_of
 from bascule.runtime.engines.remote import Calls, no_adapters, read_params, target_model
 from bascule.runtime.engines.replica import plain
@@ -98,6 +98,7 @@ class OpenAIEngine:
 
     def __init__(self, model: str, params: Params) -> None:
         self.model_name = model
+        self._preset = preset_of(model)
         self.params = params
         self.info: EngineInfo | None = None
         self._wire: Wire | None = None
@@ -166,7 +167,8 @@ class OpenAIEngine:
             "n": n,
             "temperature": sampling.temperature,
             "seed": seed % 2**31,
-            **({"stop": list(sampling.stop)} if sampling.stop else {}),
+            # Of a model that thinks they are for the answer alone, and so looked for afterwards.
+            **({"stop": list(sampling.stop)} if sampling.stop and not self._preset.thinking_ends else {}),
             **({"return_token_ids": True} if self._ids else {}),
         }
         if isinstance(request.prompt, str):
@@ -205,14 +207,14 @@ class OpenAIEngine:
 
     def _output(self, choice: _Choice, sampling: Sampling) -> Output:
         text = choice.message.content or "" if choice.message is not None else choice.text or ""
-        preset = preset_of(self.model_name)
-        cuts = [at for at in map(text.find, filter(None, sampling.stop)) if at >= 0]
+        text = self._preset.said(text)
+        cut = before_stop(text, sampling.stop)
         ids = choice.token_ids or [] if self._ids else []
         logprobs = choice.logprobs.values if choice.logprobs and self._logprobs else []
         return Output(
             token_ids=pack_ids(ids),
             logprobs=pack_floats(logprobs) if len(logprobs) == len(ids) else b"",
-            text=preset.said(text[: min(cuts)] if cuts else text),
+            text=text if cut is None else cut,
             finish_reason="length" if choice.finish_reason == "length" else "stop",
         )
 

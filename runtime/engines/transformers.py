@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from bascule.plugins.engine import Engine, EngineInfo, Message, Sampled, SampleRequest
-from bascule.schemas.errors import BasculeError, ConfigError, EngineError, PromptError
+from bascule.runtime.engines.remote import CLOSED, read_params
+from bascule.schemas.errors import BasculeError, EngineError, PromptError
 from bascule.schemas.trajectory import Output
 from bascule.trainers.base_model import DEFAULT_MODEL
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from bascule.runtime.engines.generate import Answer, Row
 
 T = TypeVar("T")
-_CLOSED = "The engine was closed before it answered."
 
 
 class Params(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -69,14 +69,7 @@ def make(model: str, params: dict[str, Any]) -> Engine:
     Raises:
         ConfigError: a parameter is unknown or of a wrong type.
     """
-    try:
-        checked = msgspec.convert(params, Params)
-    except msgspec.ValidationError as error:
-        raise ConfigError(
-            f"The engine 'transformers' cannot use its parameters: {error}.",
-            next_step=f"It knows {', '.join(Params.__struct_fields__)}.",
-        ) from error
-    return TransformersEngine(model or DEFAULT_MODEL, checked)
+    return TransformersEngine(model or DEFAULT_MODEL, read_params("transformers", params, Params))
 
 
 class TransformersEngine:
@@ -120,7 +113,7 @@ class TransformersEngine:
         worker, text = self._worker, self._text
         self._worker = self._text = self.info = None
         for call in {id(call): call for calls in self._asked.values() for call, _ in calls}.values():
-            self._fail(call, EngineError(_CLOSED))
+            self._fail(call, EngineError(CLOSED))
         self._asked.clear()
         if text is not None:
             await asyncio.to_thread(text.shutdown)
@@ -181,7 +174,7 @@ class TransformersEngine:
         loop = asyncio.get_running_loop()
         prompt = await loop.run_in_executor(self._text, self._encode, request.prompt)
         if self.info is None:
-            raise EngineError(_CLOSED)
+            raise EngineError(CLOSED)
         self._check(request, prompt)
         greedy = request.sampling.temperature == 0
         rows = tuple(

@@ -25,6 +25,7 @@ from bascule.runtime.engines.adapter_files import AdapterFiles, adapter_rank
 from bascule.runtime.engines.form import Form
 from bascule.runtime.engines.phases import Phases
 from bascule.runtime.engines.presets import preset_of
+from bascule.runtime.engines.remote import CLOSED, read_params
 from bascule.runtime.engines.replica import HttpReplica, Ids, Replica, Served
 from bascule.runtime.engines.vllm_server import ServerProcess, find_python, start_server
 from bascule.runtime.engines.wire import Unreachable, Wire, read_key
@@ -32,7 +33,6 @@ from bascule.schemas.errors import BasculeError, ConfigError, EngineError, Promp
 
 T = TypeVar("T")
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-_CLOSED = "The engine was closed before it answered."
 _POLL_SECONDS = 0.5
 _TELL_SECONDS = 10.0
 _ENCODED = 1024
@@ -98,13 +98,7 @@ def make(model: str, params: dict[str, Any]) -> Engine:
     Raises:
         ConfigError: a parameter is unknown or not usable.
     """
-    try:
-        checked = msgspec.convert(params, Params)
-    except msgspec.ValidationError as error:
-        raise ConfigError(
-            f"The engine 'vllm' cannot use its parameters: {error}.",
-            next_step=f"It knows {', '.join(Params.__struct_fields__)}.",
-        ) from error
+    checked = read_params("vllm", params, Params)
     if checked.max_lora_rank not in RANKS:
         raise ConfigError(
             f"max_lora_rank is {checked.max_lora_rank}, which vLLM does not take.",
@@ -301,7 +295,7 @@ class VllmEngine:
         except asyncio.CancelledError:
             current = asyncio.current_task()
             if self.info is None and not (current and current.cancelling()):
-                raise EngineError(_CLOSED) from None
+                raise EngineError(CLOSED) from None
             raise
         finally:
             task.cancel()

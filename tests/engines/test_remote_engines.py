@@ -222,6 +222,16 @@ async def test_an_endpoint_without_ids_declares_none_and_many_samples_are_one_ca
         await single.close()
 
 
+async def test_stop_strings_of_a_model_that_thinks_are_for_its_answer() -> None:
+    with serving(lambda *_: completion("<think>\n12 and\n13\n</think>\n\n25\nDone")) as server:
+        engine = compatible(server, model="Qwen3-8B")
+        await engine.start()
+        (output,) = (await engine.sample(request(stop=("\n",)))).outputs
+        assert output.text == "25"
+        assert "stop" not in server.requests[-1]
+        await engine.close()
+
+
 async def test_ids_and_logprobs_are_recorded_where_the_endpoint_gives_them() -> None:
     def script(asked: dict[str, Any], _: int) -> dict[str, Any]:
         answer = completion("yes")
