@@ -24,7 +24,6 @@ NO_KEY = "none"
 _QUOTED = 300
 #: Bytes of an answer that is kept; an event has room for twice as much.
 MOST_ANSWER = 1 << 18
-TOO_LARGE = "too_large"
 _TOO_LONG = (
     "maximum context length",
     "context length",
@@ -205,8 +204,8 @@ async def ask(endpoint: Endpoint, request: dict[str, Any]) -> Performed:
         from bascule.plugins.models.openai import ask as asking
     performed = await asking(endpoint, key_of(endpoint), request)
     if len(msgspec.json.encode(performed.answer)) > MOST_ANSWER:
-        answer = {**performed.answer, "content": [], "stop_reason": TOO_LARGE}
-        performed = msgspec.structs.replace(performed, answer=answer, stop_reason=TOO_LARGE)
+        answer = {**performed.answer, "content": [], "stop_reason": "too_large"}
+        performed = msgspec.structs.replace(performed, answer=answer, stop_reason="too_large")
     return msgspec.structs.replace(performed, pause=unusable(endpoint, performed.stop_reason))
 
 
@@ -219,7 +218,7 @@ def unusable(endpoint: Endpoint, stop_reason: str | None) -> str | None:
         case "refusal":
             what = f"{endpoint.said} refused to answer."
             step = "`bascule log RUN --type model.called --json` shows what was asked, `bascule resume RUN` asks again."
-        case kind if kind == TOO_LARGE:
+        case "too_large":
             what = f"The answer of {endpoint.said} is over {MOST_ANSWER} bytes; what it said is not kept."
             step = "`bascule resume RUN` asks again; start with a lower max_tokens if that does not help."
         case "model_context_window_exceeded":

@@ -10,35 +10,35 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 from bascule.plugins.models.attempts import LOGGER, PATIENCE
 from bascule.runtime.redaction import redact_message
 
 
 class _Told(logging.Handler):
+    told: ClassVar[dict[str, float]] = {}  # by all services of this process, and when
+
     def __init__(self, logger: Any) -> None:
         super().__init__(logging.WARNING)
         self._logger = logger
-        self._told: dict[str, float] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
         text = redact_message(record.getMessage())
         now = time.monotonic()
-        if now - self._told.get(text, -PATIENCE) < PATIENCE:
+        for old in [said for said, at in self.told.items() if now - at >= PATIENCE]:
+            del self.told[old]
+        if text in self.told:
             return
-        self._told[text] = now
+        self.told[text] = now
         self._logger.warning("call.waiting", message=text)
         sys.stderr.write(f"bascule: {text}\n")
 
 
 @contextmanager
 def told_of_waiting(logger: Any) -> Iterator[None]:
-    """While it is open, what is said of a call's attempts is told; by one service where several are in a process."""
+    """While it is open, what is said of a call's attempts is told, once where several services are in a process."""
     handler, source = _Told(logger), logging.getLogger(LOGGER)
-    if any(isinstance(other, _Told) for other in source.handlers):
-        yield
-        return
     source.addHandler(handler)
     try:
         yield
