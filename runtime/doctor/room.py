@@ -18,7 +18,7 @@ from bascule.runtime.doctor.configured import CONVERTED_BYTES, WHEEL_BYTES
 from bascule.runtime.doctor.endpoints import wanted
 from bascule.runtime.doctor.finding import Asked, Finding, embeds, in_gib, learns, untold
 from bascule.runtime.doctor.machine import check_place, free_memory
-from bascule.runtime.engines.remote import read_params
+from bascule.runtime.engines.refusals import read_params
 from bascule.runtime.engines.transformers import Params
 from bascule.runtime.services.inference import engine_params
 from bascule.runtime.world import World

@@ -15,7 +15,8 @@ import msgspec
 from bascule.plugins.engine import Engine, EngineInfo, Sampled, SampleRequest, before_stop
 from bascule.plugins.models.endpoint import Endpoint, TooLong, ask, check_endpoint, check_ready
 from bascule.plugins.policy import Performed
-from bascule.runtime.engines.remote import Calls, no_adapters, read_params, target_model
+from bascule.runtime.engines.refusals import no_adapters, not_started, read_params
+from bascule.runtime.engines.remote import Calls, target_model
 from bascule.schemas.errors import EngineError, ModelError, PromptError
 from bascule.schemas.trajectory import Output
 
@@ -94,7 +95,7 @@ class AnthropicEngine:
 
     async def sample(self, request: SampleRequest) -> Sampled:
         if self.info is None:
-            raise EngineError("The engine is not started.", next_step="Await start() first.")
+            raise not_started()
         if request.adapter is not None:
             raise no_adapters("anthropic", request.adapter)
         message = self._message(request)

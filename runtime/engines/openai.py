@@ -14,7 +14,8 @@ import msgspec
 
 from bascule.plugins.engine import Engine, EngineInfo, Sampled, SampleRequest, before_stop
 from bascule.runtime.engines.presets import preset_of
-from bascule.runtime.engines.remote import Calls, no_adapters, read_params, target_model
+from bascule.runtime.engines.refusals import no_adapters, not_started, read_params
+from bascule.runtime.engines.remote import Calls, target_model
 from bascule.runtime.engines.replica import plain
 from bascule.runtime.engines.wire import Wire, read_key
 from bascule.schemas.errors import ConfigError, EngineError
@@ -140,7 +141,7 @@ class OpenAIEngine:
 
     async def sample(self, request: SampleRequest) -> Sampled:
         if self.info is None:
-            raise EngineError("The engine is not started.", next_step="Await start() first.")
+            raise not_started()
         if request.adapter is not None:
             raise no_adapters("openai", request.adapter)
         if self.params.many and request.sampling.temperature > 0:

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
-import msgspec
-
 from bascule.plugins.models.endpoint import CLAUDE
-from bascule.schemas.errors import ConfigError, EngineError
+from bascule.runtime.engines.refusals import closed
 from bascule.trainers.base_model import DEFAULT_MODEL
 
 T = TypeVar("T")
-CLOSED = "The engine was closed before it answered."
 
 
 class Calls:
-    """Calls that are open: so many at one time, and ended when the engine closes."""
+    """Calls that are open: at most so many at one time, and ended when the engine closes."""
 
-    def __init__(self, most: int) -> None:
-        self._room = asyncio.Semaphore(most)
+    def __init__(self, most: int | None = None) -> None:
+        self._room = contextlib.nullcontext() if most is None else asyncio.Semaphore(most)
         self._open: set[asyncio.Task[Any]] = set()
         self._closed = False
 
     async def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Do some work once there is room for it.
+        """Do some work once there is room for it; ends it where nobody waits any more.
 
         Raises:
             EngineError: the engine was closed meanwhile.
@@ -35,18 +33,23 @@ class Calls:
             async with self._room:
                 return await work()
 
-        task = asyncio.create_task(in_turn())
-        self._open.add(task)
-        task.add_done_callback(self._open.discard)
+        task = self.begin(in_turn())
         try:
             return await task
         except asyncio.CancelledError:
             current = asyncio.current_task()
             if self._closed and not (current and current.cancelling()):
-                raise EngineError(CLOSED, next_step="Start the engine again.") from None
+                raise closed() from None
             raise
         finally:
             task.cancel()
+
+    def begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Do some work that nobody waits for."""
+        task = asyncio.create_task(work)
+        self._open.add(task)
+        task.add_done_callback(self._open.discard)
+        return task
 
     async def all(self, works: Iterable[Callable[[], Coroutine[Any, Any, T]]]) -> list[T]:
         """Do several, and give their results in order; the first that fails ends the others.
@@ -85,26 +88,3 @@ def target_model(engine: str, params: Mapping[str, Any], model: str) -> str | No
     if named:
         return named
     return CLAUDE if engine == "anthropic" and model in ("", DEFAULT_MODEL) else model
-
-
-def read_params(engine: str, params: dict[str, Any], kind: type[T]) -> T:
-    """Parameters in their type.
-
-    Raises:
-        ConfigError: one is unknown or of a wrong type.
-    """
-    try:
-        return msgspec.convert(params, kind)
-    except msgspec.ValidationError as error:
-        raise ConfigError(
-            f"The engine {engine!r} cannot use its parameters: {error}.",
-            next_step=f"It knows {', '.join(f.name for f in msgspec.structs.fields(kind))}.",  # type: ignore[arg-type]
-        ) from error
-
-
-def no_adapters(engine: str, name: str) -> EngineError:
-    """The refusal of an adapter by an engine that takes none."""
-    return EngineError(
-        f"The engine {engine!r} takes no adapters, and {name!r} is one.",
-        next_step="Leave the weights out of --levers, or use the engine 'transformers' or 'vllm'.",
-    )

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from bascule.plugins.engine import Engine, EngineInfo, Message, Sampled, SampleRequest
-from bascule.runtime.engines.remote import CLOSED, read_params
+from bascule.runtime.engines.refusals import caller, check_size, closed, not_loaded, not_started, read_params
 from bascule.schemas.errors import BasculeError, EngineError, PromptError
 from bascule.schemas.trajectory import Output
 from bascule.trainers.base_model import DEFAULT_MODEL
@@ -113,7 +113,7 @@ class TransformersEngine:
         worker, text = self._worker, self._text
         self._worker = self._text = self.info = None
         for call in {id(call): call for calls in self._asked.values() for call, _ in calls}.values():
-            self._fail(call, EngineError(CLOSED))
+            self._fail(call, closed())
         self._asked.clear()
         if text is not None:
             await asyncio.to_thread(text.shutdown)
@@ -174,8 +174,10 @@ class TransformersEngine:
         loop = asyncio.get_running_loop()
         prompt = await loop.run_in_executor(self._text, self._encode, request.prompt)
         if self.info is None:
-            raise EngineError(CLOSED)
-        self._check(request, prompt)
+            raise closed()
+        if request.adapter is not None and request.adapter not in self._adapters:
+            raise not_loaded(caller(request), request.adapter, self._adapters.names())
+        check_size(request, prompt, self._context)
         greedy = request.sampling.temperature == 0
         rows = tuple(
             Row(prompt, request.sampling, 0 if greedy else request.seed, 0 if greedy else i) for i in range(request.n)
@@ -193,26 +195,6 @@ class TransformersEngine:
         """See :class:`bascule.plugins.engine.Scoring`."""
         self._started()
         return (tuple(await self._off_loop(partial(self._score, adapter, ids))),)
-
-    def _check(self, request: SampleRequest, prompt: tuple[int, ...]) -> None:
-        who = f"Call {request.call} of {request.trajectory!r}"
-        size, wanted = len(prompt), request.sampling.max_tokens
-        if request.adapter is not None and request.adapter not in self._adapters:
-            known = ", ".join(self._adapters.names()) or "none"
-            raise EngineError(
-                f"{who} asks for the adapter {request.adapter!r}, which is not loaded (loaded: {known}).",
-                next_step="Load the adapter before it is asked for.",
-            )
-        if size + wanted > self._context:
-            raise PromptError(
-                f"{who} has {size} prompt tokens and asks for {wanted} more: over the context of {self._context}.",
-                next_step="Shorten the prompt or lower max_tokens.",
-            )
-        if not size or request.n < 1:
-            raise PromptError(
-                f"{who} has {size} prompt tokens and asks for {request.n} samples.",
-                next_step="Ask for at least one sample of a prompt that is not empty.",
-            )
 
     def _deliver(self, answers: Iterable[Answer]) -> None:
         """Hand a pass's answers to whoever waits for them."""
@@ -248,7 +230,7 @@ class TransformersEngine:
 
     def _started(self) -> None:
         if self.info is None:
-            raise EngineError("The engine is not started.", next_step="Await start() first.")
+            raise not_started()
 
     async def _off_loop(self, work: Callable[[], T]) -> T:
         """Have the worker do something between two passes."""
@@ -340,9 +322,7 @@ class TransformersEngine:
 
     def _score(self, adapter: str | None, ids: Sequence[int]) -> list[float]:
         if adapter is not None and adapter not in self._adapters:
-            raise EngineError(
-                f"A probe asks for the adapter {adapter!r}, which is not loaded.", next_step="Load it first."
-            )
+            raise not_loaded("A probe", adapter, self._adapters.names())
         return self._generator.score(adapter, ids)
 
     def _remove_adapter(self, name: str) -> list[Row]:

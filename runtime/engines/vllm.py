@@ -15,6 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -25,11 +26,12 @@ from bascule.runtime.engines.adapter_files import AdapterFiles, adapter_rank
 from bascule.runtime.engines.form import Form
 from bascule.runtime.engines.phases import Phases
 from bascule.runtime.engines.presets import preset_of
-from bascule.runtime.engines.remote import CLOSED, read_params
+from bascule.runtime.engines.refusals import caller, check_size, not_loaded, not_started, read_params
+from bascule.runtime.engines.remote import Calls
 from bascule.runtime.engines.replica import HttpReplica, Ids, Replica, Served
 from bascule.runtime.engines.vllm_server import ServerProcess, find_python, start_server
 from bascule.runtime.engines.wire import Unreachable, Wire, read_key
-from bascule.schemas.errors import BasculeError, ConfigError, EngineError, PromptError
+from bascule.schemas.errors import BasculeError, ConfigError, EngineError
 
 T = TypeVar("T")
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -134,7 +136,7 @@ class VllmEngine:
         self._loaded: dict[str, str] = {}
         self._leaving: set[str] = set()
         self._lock = asyncio.Lock()
-        self._calls: set[asyncio.Task[Any]] = set()
+        self._calls = Calls()
         self._prompts: dict[tuple[Message, ...] | str, Ids] = {}
         self._form = Form(preset_of(model), params.template)
         self._logprobs = True
@@ -155,9 +157,7 @@ class VllmEngine:
     async def close(self) -> None:
         """End the calls that are open, and a server that this engine started."""
         self.info = None
-        for call in self._calls:
-            call.cancel()
-        await asyncio.gather(*self._calls, return_exceptions=True)
+        await self._calls.close()
         await self._release()
 
     async def load_adapter(self, name: str, folder: Path) -> None:
@@ -198,20 +198,20 @@ class VllmEngine:
 
     async def sample(self, request: SampleRequest) -> Sampled:
         self._started()
-        return await self._call(self._sample(request))
+        return await self._call(partial(self._sample, request))
 
     async def score(self, adapter: str | None, ids: Sequence[int]) -> tuple[tuple[float, ...], ...]:
         """See :class:`bascule.plugins.engine.Scoring`; one tuple for each replica."""
         self._started()
         if adapter is not None and adapter not in self._loaded:
-            raise self._unknown("A probe", adapter)
+            raise not_loaded("A probe", adapter, self._loaded)
 
         async def score(replica: Replica) -> tuple[float, ...]:
             # By itself: prompt log-probabilities beside other calls of adapters end vLLM 0.32 on a CPU.
             async with self._phase(replica, object()):
                 return await replica.score(adapter or self._served[replica.name].model, tuple(ids))
 
-        return tuple(await self._call(self._each(score)))
+        return tuple(await self._call(partial(self._each, score)))
 
     def _phase(self, replica: Replica, kind: object) -> AbstractAsyncContextManager[None]:
         """Keeps calls of one kind on a replica apart from those of others, unless ``mixed`` says otherwise."""
@@ -221,16 +221,15 @@ class VllmEngine:
 
     async def _sample(self, request: SampleRequest) -> Sampled:
         adapter = request.adapter
-        who = f"Call {request.call} of {request.trajectory!r}"
-        if adapter is not None and (adapter not in self._loaded or adapter in self._leaving):
-            raise self._unknown(who, adapter)
+        if adapter is not None and adapter not in (usable := set(self._loaded) - self._leaving):
+            raise not_loaded(caller(request), adapter, usable)
         self._asked[adapter] += 1  # from here on the adapter stays
         try:
             replica = min(self._replicas, key=lambda r: self._busy[r.name])
             self._busy[replica.name] += request.n
             try:
                 prompt = await self._encode(replica, request.prompt)
-                self._check(request, prompt, who)
+                check_size(request, prompt, min(s.context for s in self._served.values()))
                 served = self._served[replica.name].model
                 asked = 1 if request.sampling.temperature == 0 else request.n  # vLLM takes no n > 1 when greedy
                 sampling, ends = self._form.asked(request.sampling)
@@ -242,8 +241,7 @@ class VllmEngine:
         finally:
             self._asked[adapter] -= 1
             if adapter in self._leaving and not self._asked[adapter]:
-                self._calls.add(task := asyncio.create_task(self._let_go(adapter)))
-                task.add_done_callback(self._calls.discard)
+                self._calls.begin(self._let_go(adapter))
         if not self._logprobs:
             outputs = tuple(msgspec.structs.replace(o, logprobs=b"") for o in outputs)
         return Sampled(prompt_ids=prompt, outputs=outputs)
@@ -260,45 +258,13 @@ class VllmEngine:
             return ids
         return self._prompts[prompt]
 
-    def _check(self, request: SampleRequest, prompt: Ids, who: str) -> None:
-        size, wanted = len(prompt), request.sampling.max_tokens
-        context = min(served.context for served in self._served.values())
-        if size + wanted > context:
-            raise PromptError(
-                f"{who} has {size} prompt tokens and asks for {wanted} more: over the context of {context}.",
-                next_step="Shorten the prompt or lower max_tokens.",
-            )
-        if not size or request.n < 1:
-            raise PromptError(
-                f"{who} has {size} prompt tokens and asks for {request.n} samples.",
-                next_step="Ask for at least one sample of a prompt that is not empty.",
-            )
-
-    def _unknown(self, who: str, adapter: str) -> EngineError:
-        known = ", ".join(sorted(set(self._loaded) - self._leaving)) or "none"
-        return EngineError(
-            f"{who} asks for the adapter {adapter!r}, which is not loaded (loaded: {known}).",
-            next_step="Load the adapter before it is asked for.",
-        )
-
-    async def _call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Await some work that closing the engine ends."""
-        task = asyncio.create_task(work)
-        self._calls.add(task)
-        task.add_done_callback(self._calls.discard)
+    async def _call(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         try:
-            return await task
+            return await self._calls.run(work)
         except Unreachable as error:
             if self._server is not None:
                 await self._server.settle()
             raise self._ended() or error from error
-        except asyncio.CancelledError:
-            current = asyncio.current_task()
-            if self.info is None and not (current and current.cancelling()):
-                raise EngineError(CLOSED) from None
-            raise
-        finally:
-            task.cancel()
 
     async def _each(self, ask: Callable[[Replica], Coroutine[Any, Any, T]]) -> list[T]:
         """Ask all replicas at once; all have answered before the first failure is raised."""
@@ -360,7 +326,7 @@ class VllmEngine:
     # Start and end.
 
     async def _start(self) -> EngineInfo:
-        p = self.params
+        p, self._calls = self.params, Calls()
         folder = Path(p.folder) if p.folder else await asyncio.to_thread(self._temporary_folder)
         if not self._shared:  # our own: another process's adapters are not ours to delete, nor is its log
             folder /= str(os.getpid())
@@ -492,7 +458,7 @@ class VllmEngine:
 
     def _started(self) -> None:
         if self.info is None:
-            raise EngineError("The engine is not started.", next_step="Await start() first.")
+            raise not_started()
 
     @property
     def _shared(self) -> bool:

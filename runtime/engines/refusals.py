@@ -1,0 +1,83 @@
+"""What engines refuse, and how they say so: one text for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+from bascule.plugins.engine import SampleRequest
+from bascule.schemas.errors import ConfigError, EngineError, PromptError
+
+T = TypeVar("T")
+
+
+def read_params(engine: str, params: dict[str, Any], kind: type[T]) -> T:
+    """Parameters in their type.
+
+    Raises:
+        ConfigError: one is unknown or of a wrong type.
+    """
+    try:
+        return msgspec.convert(params, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(
+            f"The engine {engine!r} cannot use its parameters: {error}.",
+            next_step=f"It knows {', '.join(f.name for f in msgspec.structs.fields(kind))}.",  # type: ignore[arg-type]
+        ) from error
+
+
+def not_started() -> EngineError:
+    """Of a call before ``start``."""
+    return EngineError("The engine is not started.", next_step="Await start() first.")
+
+
+def closed() -> EngineError:
+    """Of a call that was open when the engine closed."""
+    return EngineError("The engine was closed before it answered.", next_step="Start the engine again.")
+
+
+def no_adapters(engine: str, name: str) -> EngineError:
+    """Of an adapter, by an engine that takes none."""
+    return EngineError(
+        f"The engine {engine!r} takes no adapters, and {name!r} is one.",
+        next_step="Leave the weights out of --levers, or use the engine 'transformers' or 'vllm'.",
+    )
+
+
+def not_loaded(who: str, adapter: str, loaded: Iterable[str]) -> EngineError:
+    """Of an adapter that a call asks for; ``loaded`` are those that it may."""
+    known = ", ".join(sorted(loaded)) or "none"
+    return EngineError(
+        f"{who} asks for the adapter {adapter!r}, which is not loaded (loaded: {known}).",
+        next_step="Load the adapter before it is asked for.",
+    )
+
+
+def caller(request: SampleRequest) -> str:
+    """Who asks, for a message."""
+    return f"Call {request.call} of {request.trajectory!r}"
+
+
+def check_size(request: SampleRequest, prompt: Sequence[int], context: int) -> None:
+    """Refuse what cannot be computed.
+
+    Args:
+        prompt: its token ids.
+        context: most tokens of a prompt and its answer.
+
+    Raises:
+        PromptError: the prompt is empty or too long, or no sample is asked for.
+    """
+    size, wanted = len(prompt), request.sampling.max_tokens
+    if size + wanted > context:
+        raise PromptError(
+            f"{caller(request)} has {size} prompt tokens and asks for {wanted} more: over the context of {context}.",
+            next_step="Shorten the prompt or lower max_tokens.",
+        )
+    if not size or request.n < 1:
+        raise PromptError(
+            f"{caller(request)} has {size} prompt tokens and asks for {request.n} samples.",
+            next_step="Ask for at least one sample of a prompt that is not empty.",
+        )
