@@ -41,20 +41,31 @@ def pass_fail(candidate: Rewards, parent: Rewards) -> bool:
     return all(r in (0, 1) for pair in aligned(candidate, parent) if pair is not None for r in pair)
 
 
+def won_and_lost(found: Sequence[float]) -> tuple[int, int]:
+    """How many differences are above and below 0."""
+    return sum(d > 0 for d in found), sum(d < 0 for d in found)
+
+
+def p_better(found: Sequence[float], *, exact: bool, seed: int) -> float:
+    """One-sided p of "the candidate is better": exact McNemar, or else the sign-flip test, on paired differences."""
+    return mcnemar_exact(*won_and_lost(found)) if exact else sign_flip(found, seed=seed)
+
+
 def compared(candidate: Rewards, parent: Rewards, *, seed: int) -> PairedFigures:
     """The candidate against its parent on other examples, both ways: the test of the gate, exact McNemar or sign-flip.
 
     Raises:
         ValueError: as :func:`aligned`.
     """
-    found = differences(candidate, parent)
-    wins, losses = sum(d > 0 for d in found), sum(d < 0 for d in found)
-    if pass_fail(candidate, parent):
-        better, worse = mcnemar_exact(wins, losses), mcnemar_exact(losses, wins)
-    else:
-        better, worse = sign_flip(found, seed=seed), sign_flip([-d for d in found], seed=seed)
+    found, exact = differences(candidate, parent), pass_fail(candidate, parent)
+    wins, losses = won_and_lost(found)
     return PairedFigures(
-        pairs=len(found), difference=mean(found), wins=wins, losses=losses, p_better=better, p_worse=worse
+        pairs=len(found),
+        difference=mean(found),
+        wins=wins,
+        losses=losses,
+        p_better=p_better(found, exact=exact, seed=seed),
+        p_worse=p_better([-d for d in found], exact=exact, seed=seed),
     )
 
 
@@ -104,7 +115,7 @@ def cheaper(
         return None
     found = differences(candidate, parent)
     if pass_fail(candidate, parent):
-        wins, losses = sum(d > 0 for d in found), sum(d < 0 for d in found)
+        wins, losses = won_and_lost(found)
         p = non_inferiority_exact(wins, losses, len(found), margin=config.margin)
     else:
         p = sign_flip([d + config.margin for d in found], seed=seed)

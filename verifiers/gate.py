@@ -14,9 +14,19 @@ from msgspec import UNSET
 from bascule.schemas.events import GateFigures
 from bascule.schemas.landscape import Interval
 from bascule.schemas.run import GateConfig
-from bascule.verifiers.checks import Rewards, aligned, cheaper, compared, differences, diverged, objection
+from bascule.verifiers.checks import (
+    Rewards,
+    cheaper,
+    compared,
+    differences,
+    diverged,
+    objection,
+    p_better,
+    pass_fail,
+    won_and_lost,
+)
 from bascule.verifiers.holdout import guarded
-from bascule.verifiers.statistics import mcnemar_exact, score_interval, sign_flip
+from bascule.verifiers.statistics import score_interval
 
 GATE_VERSION = "1"
 #: Of a decision in which the candidate lacks a verdict that its parent has; version 1 left such positions out. A
@@ -56,20 +66,14 @@ def paired_test(candidate: Rewards, parent: Rewards, *, seed: int) -> PairedTest
     Raises:
         ValueError: the two were not measured on the same number of positions.
     """
-    pairs = [pair for pair in aligned(candidate, parent) if pair is not None]
-    wins = sum(c > p for c, p in pairs)
-    losses = sum(c < p for c, p in pairs)
-    if all(r in (0, 1) for pair in pairs for r in pair):
-        return PairedTest(
-            test="mcnemar-exact", wins=wins, losses=losses, p=mcnemar_exact(wins, losses), better=wins > losses
-        )
-    gaps = [c - p for c, p in pairs]
+    found, exact = differences(candidate, parent), pass_fail(candidate, parent)
+    wins, losses = won_and_lost(found)
     return PairedTest(
-        test="paired-sign-flip",
+        test="mcnemar-exact" if exact else "paired-sign-flip",
         wins=wins,
         losses=losses,
-        p=sign_flip(gaps, seed=seed),
-        better=math.fsum(gaps) > 0,
+        p=p_better(found, exact=exact, seed=seed),
+        better=math.fsum(found) > 0,
     )
 
 

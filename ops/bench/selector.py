@@ -38,6 +38,7 @@ from bascule.plugins.policies import alternate, fixed, rules
 from bascule.plugins.policies.fixed import PRESETS
 from bascule.plugins.policies.rules import Thresholds, algorithm_options
 from bascule.plugins.policy import CallResult, Policy, PolicyInput
+from bascule.runtime.experiments.statistics import over_seeds
 from bascule.schemas.decision import LeverDecision
 from ops.bench.report import Figure
 from ops.bench.selector_runs import ALGORITHMS, Played, Size, open_cell, play
@@ -47,8 +48,6 @@ SEEDS = (1, 2, 3, 4, 5)
 DRAWS = (1, 2)
 POLICIES = ("rules", "alternate", *PRESETS, "random")
 MOST_REGRET = 0.15
-#: Student's t of a two-sided 95% interval by degrees of freedom.
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 DRAWING = Path(__file__).parent / "results" / "selector.png"
 
 
@@ -181,10 +180,8 @@ def regret(best: Sequence[float], policy: Sequence[float], start: Sequence[float
         raise ValueError(f"The best fixed algorithm gains {gain:g}.")
     lost = [(b - p) / gain for b, p in zip(best, policy, strict=True)]
     mean = statistics.fmean(lost)
-    if len(lost) == 1:
-        return Regret(mean, mean, mean)
-    half = T95[len(lost) - 1] * statistics.stdev(lost) / math.sqrt(len(lost))
-    return Regret(mean, mean - half, mean + half)
+    interval = over_seeds(lost)
+    return Regret(mean, mean, mean) if interval is None else Regret(mean, interval.low, interval.high)
 
 
 def average(regrets: Sequence[Regret]) -> Regret:
