@@ -1,8 +1,9 @@
-# `make run` and `make test` set everything up by themselves; SEED and ARGS reach `bascule run`.
+# `make run` and `make test` set everything up by themselves; SEED and ARGS reach `bascule run`, JOBS pytest.
 SHELL := /bin/bash
 PYTHON ?= python3.11
 SEED ?= 1
 ARGS ?=
+JOBS ?= 2
 BIN := .venv/bin
 PACKAGES := $(addprefix build/src/bascule/,schemas plugins trainers verifiers runtime)
 
@@ -11,8 +12,9 @@ PACKAGES := $(addprefix build/src/bascule/,schemas plugins trainers verifiers ru
 run: .venv/run.stamp
 	$(BIN)/bascule run --task arith --seed $(SEED) $(ARGS)
 
+# In JOBS processes, a file's tests in one of them.
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 check: .venv/dev.stamp build/src/bascule
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import structlog
@@ -21,6 +22,18 @@ def _no_log_output() -> Iterator[None]:
     """Service logs of in-process runs stay out of the test report."""
     with structlog.testing.capture_logs():
         yield
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands over the deviations that its tests saw."""
+    output: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["deviations"] = oracles.seen()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    oracles.take(getattr(node, "workeroutput", {}).get("deviations", ()))  # none of a worker that died
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

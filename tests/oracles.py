@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,16 @@ def within(what: str, oracle: str, deviation: float, bound: float) -> None:
     _seen.append(Deviation(what, oracle, float(deviation), bound))
     assert math.isfinite(deviation), f"{what} against {oracle}: the deviation is {deviation}"
     assert deviation <= bound, f"{what} is {deviation:.3g} from {oracle}, more than {bound:g}"
+
+
+def seen() -> list[tuple[Any, ...]]:
+    """What was kept, in the plain types that another process takes."""
+    return [astuple(d) for d in _seen]
+
+
+def take(deviations: Iterable[tuple[Any, ...]]) -> None:
+    """Keep what another process has seen."""
+    _seen.extend(Deviation(*d) for d in deviations)
 
 
 def table() -> list[str]:
