@@ -8,7 +8,7 @@ import random
 from collections.abc import Sequence
 from functools import cached_property
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -22,6 +22,8 @@ from bascule.schemas.codec import canonical
 from bascule.schemas.errors import ConfigError
 from bascule.schemas.events import RunStarted, Split
 from bascule.schemas.run import PluginPin, RunConfig
+
+T = TypeVar("T")
 
 
 def seeded(*parts: object) -> random.Random:
@@ -73,6 +75,10 @@ class World:
     def withholding(self) -> Redaction | None:
         """What keeps the items of a restricted task out of events; None for any other task."""
         return withholding(self.public)
+
+    def recorded(self, data: T) -> T:
+        """Data of an event as it is recorded: no items of a restricted task, no secrets."""
+        return self.redaction.value(data if self.withholding is None else self.withholding.value(data))
 
     @cached_property
     def policy(self) -> Policy:

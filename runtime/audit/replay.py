@@ -127,7 +127,7 @@ class Replayer:
             )
         else:
             assert self._world is not None
-            found = _compare(event, msgspec.structs.replace(draft, data=self._world.redaction.value(draft.data)))
+            found = _compare(event, msgspec.structs.replace(draft, data=self._world.recorded(draft.data)))
         if found:
             self._differences.append(found)
 

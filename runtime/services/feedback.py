@@ -115,6 +115,8 @@ def _edit(state: RunState, world: World, generation: int, cause: str) -> list[Dr
         return failed(f"The edit {edit.edit!r} is not a usable harness. {e}")
     if (refused := refusal(new.manifest, world.public)) is not None:
         return failed(f"The edit {edit.edit!r} is not allowed. {refused}")
+    if world.withholding is not None and world.withholding.value(new.files) != new.files:
+        return failed(f"The edit {edit.edit!r} quotes an item of the task, whose items are restricted.")
     proposed = HarnessProposed(
         generation=generation,
         digest=new.digest,

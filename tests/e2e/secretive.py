@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from bascule.plugins import Registry, hookimpl
+from bascule.plugins.policy import AuthorInput, CallResult, HarnessEdit
 from bascule.plugins.task import Baseline, Example, PublicFace
+from bascule.schemas.harness import Harness
 from bascule.schemas.trajectory import Scored, Verdict
 
 SPLITS = ("train", "dev", "sealed")
@@ -73,6 +75,21 @@ class Secretive:
         return {"evaluation": {"train_groups": 4, "train_samples": 1}, "levers": ["harness"], "max_generations": 0}
 
 
+class Quoting:
+    """Writes an item into the harness; in the second generation it names it in the edit's name, too."""
+
+    name, version = "quoting", "1"
+
+    def step(self, given: AuthorInput, results: Sequence[CallResult]) -> HarnessEdit:
+        text = given.train[0].input["question"]
+        files = {**given.harness.files, "harness.py": f"# {text}\n{HARNESS}"}
+        return HarnessEdit(files=files, edit="a comment" if given.generation == 1 else text)
+
+    def edits_left(self, harness: Harness, tried: Sequence[str]) -> int | None:
+        return None
+
+
 @hookimpl
 def bascule_register(registry: Registry) -> None:
     registry.task("secretive", lambda params: Secretive(), version="1")
+    registry.author("quoting", lambda params: Quoting(), version="1")

@@ -28,8 +28,11 @@ class Home:
         clean = {k: v for k, v in os.environ.items() if not k.startswith("BASCULE_")}
         self._env = clean | {"PYTHONPATH": str(root / "site"), "BASCULE_HOME": str(root / "home")}
         self.path = root / "home"
+        self.report = self.run("r")
+
+    def run(self, name: str, *args: str) -> Any:
         engine = ("--engine", "constant", "--set", 'engine.params.text="a"')
-        self.report = json.loads(self.bascule("run", "--task", "secretive", "--run-id", "r", "--json", *engine))
+        return json.loads(self.bascule("run", "--task", "secretive", "--run-id", name, "--json", *engine, *args))
 
     def bascule(self, *args: str) -> bytes:
         command = [sys.executable, "-m", "bascule.runtime.cli", *args]
@@ -70,3 +73,15 @@ def test_the_services_log_and_the_report_name_no_item(home: Home) -> None:
     assert any(p.name == "services.jsonl" for p in files)
     assert not [p for p in files if PHRASE.encode() in p.read_bytes()]
     assert home.report["looks"] == 1
+
+
+def test_an_edit_that_quotes_an_item_is_none_and_the_run_goes_on(home: Home) -> None:
+    home.run("quoted", "--author", "quoting", "--max-gen", "2")
+    events = home.bascule("log", "quoted", "--json").decode()
+    assert PHRASE not in events
+    failed = [
+        e["data"]["reason"] for e in map(json.loads, events.splitlines()) if e["type"] == "bascule.harness.failed"
+    ]
+    assert [reason.startswith("[restricted:") for reason in failed] == [False, True]
+    assert "quotes an item" in failed[0]
+    assert json.loads(home.bascule("replay", "quoted", "--json"))["differences"] == []
