@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import msgspec
+
 from bascule.schemas.events import CheaperFigures, PairedFigures, SecondFigures
 from bascule.schemas.landscape import Interval
 from bascule.schemas.run import GateConfig
@@ -86,17 +88,8 @@ def diverged(first: tuple[Rewards, Rewards], second: tuple[Rewards, Rewards], *,
     half = Z95 * math.sqrt(math.fsum((g - gap) ** 2 for g in gaps) / (n - 1) / n) if n > 1 else math.inf
     # Rewards are between 0 and 1 mostly, and an interval has to be a figure: nothing known is all that two gains allow.
     interval = Interval(gap - half, gap + half) if n > 1 else Interval(-2.0, 2.0)
-    figures = compared(*second, seed=seed)
-    return SecondFigures(
-        pairs=figures.pairs,
-        difference=figures.difference,
-        wins=figures.wins,
-        losses=figures.losses,
-        p_better=figures.p_better,
-        p_worse=figures.p_worse,
-        divergence=gap,
-        interval=interval,
-    )
+    figures = msgspec.structs.asdict(compared(*second, seed=seed))
+    return SecondFigures(**figures, divergence=gap, interval=interval)
 
 
 def cheaper(

@@ -32,6 +32,8 @@ GATE_VERSION = "1"
 #: Of a decision in which the candidate lacks a verdict that its parent has; version 1 left such positions out. A
 #: candidate can see to it that it is not scored where it is bad, so that must never pay.
 UNSCORED_VERSION = "2"
+#: What levers are told of a gain that is gone with the same questions in another form, or by the second verifier.
+NOT_CONFIRMED = "the gain is not there when it is measured in another way"
 #: Of every decision by version 2 of the configuration's rules.
 GUARDED_VERSION = "3"
 
@@ -90,13 +92,21 @@ def reported_score(figures: GateFigures) -> float:
     return figures.guard.reported if figures.guard is not UNSET else figures.score
 
 
-def withheld(figures: GateFigures) -> GateFigures:
-    """The figures of a rejection without what they tell of dev: its kind, and what was measured elsewhere."""
+def without_second(figures: GateFigures) -> GateFigures:
+    """The figures without those of the second verifier, which no lever is to work towards."""
+    if figures.second is UNSET:
+        return figures
+    spoke = figures.reason is not UNSET and "second verifier" in figures.reason
+    return msgspec.structs.replace(figures, second=UNSET, reason=NOT_CONFIRMED if spoke else figures.reason)
+
+
+def withheld(figures: GateFigures, *, promoted: bool) -> GateFigures:
+    """The figures without what they tell of dev: what the guard reports, the kind of reason, the regression set."""
     reason = "" if figures.reason is UNSET else figures.reason
-    if reason.startswith("brittle"):
-        reason = "brittle: the gain is gone when the same questions come in another form"
-    elif "second verifier" in reason:
-        reason = "the second verifier does not confirm the gain"
+    if promoted:
+        reason = "better by enough, or cheaper and not worse"
+    elif reason.startswith("brittle") or "second verifier" in reason:
+        reason = NOT_CONFIRMED
     elif not reason.startswith("worse on the regression set"):
         reason = "not better on dev by enough"
     known = reported_score(figures)

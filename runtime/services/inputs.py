@@ -11,10 +11,9 @@ from bascule.runtime.services import budgets
 from bascule.runtime.state import RunState, Step
 from bascule.runtime.world import World, seed_of
 from bascule.schemas import subjects
-from bascule.schemas.events import CandidatePromoted
 from bascule.schemas.run import RunConfig
 from bascule.schemas.trajectory import Scored
-from bascule.verifiers.gate import withheld
+from bascule.verifiers.gate import reported_score, withheld, without_second
 
 
 def policy_input(state: RunState, world: World, generation: int) -> PolicyInput:
@@ -38,19 +37,24 @@ def policy_input(state: RunState, world: World, generation: int) -> PolicyInput:
 
 
 def shown(history: Sequence[Generation], config: RunConfig) -> tuple[Generation, ...]:
-    """The finished generations as levers may see them: of dev what the gate's guard reports, and nothing else.
+    """The finished generations as levers may see them: of dev what the guard reports, of a second verifier nothing.
 
-    What was rejected shows how it did on dev only by being rejected; a lever that was told more could adapt to dev,
-    which is asked again in each generation. Where nothing is guarded, or each generation's dev is fresh, all is shown.
+    What was rejected shows how it did on dev only by being rejected, and what kind of thing spoke against it; a lever
+    that was told more could adapt to dev, which is asked again in each generation. What was promoted shows dev where
+    the guard reports the score that was measured. Where nothing is guarded, or each generation's dev is fresh, all of
+    dev is shown.
     """
-    open_ = config.gate.version == 1 or config.gate.guard == "none" or config.evaluation.fresh_dev
-    return tuple(history) if open_ else tuple(_shown(g) for g in history)
+    open_ = config.gate.version == 1 or config.gate.guard == "none" or bool(config.evaluation.fresh_dev)
+    return tuple(_shown(g, open_) for g in history)
 
 
-def _shown(generation: Generation) -> Generation:
-    if generation.outcome != "rejected" or generation.gate is None:
+def _shown(generation: Generation, open_: bool) -> Generation:
+    gate, promoted = generation.gate, generation.outcome == "promoted"
+    if gate is None:
         return generation
-    return msgspec.structs.replace(generation, gate=withheld(generation.gate), dev=None, dev_event=None)
+    if open_ or (promoted and reported_score(gate) == gate.score):
+        return msgspec.structs.replace(generation, gate=without_second(gate))
+    return msgspec.structs.replace(generation, gate=withheld(gate, promoted=promoted), dev=None, dev_event=None)
 
 
 def _outcomes(state: RunState, evaluation: str) -> tuple[TrainOutcome, ...]:
@@ -97,6 +101,7 @@ def author_input(state: RunState, world: World, generation: int) -> AuthorInput:
         max_answer_tokens=public.max_answer_tokens,
         harness=state.harnesses[candidate.harness],
         history=shown(state.history(), world.config),
+        best=best,
         tried=tried(state, best),
         train=public.train,
         answers=public.answers,
@@ -107,17 +112,16 @@ def author_input(state: RunState, world: World, generation: int) -> AuthorInput:
 
 
 def tried(state: RunState, parent: int) -> tuple[str, ...]:
-    """What was tried on the parent's harness and did not replace it, as ``AuthorInput.tried`` has it."""
+    """What was tried on the parent's harness, as ``AuthorInput.tried`` has it."""
     digest = state.candidate(parent).harness
     found = (_attempt(state, step, digest) for _, step in sorted(state.steps.items()))
     return tuple(edit for edit in found if edit is not None)
 
 
 def _attempt(state: RunState, step: Step, digest: str) -> str | None:
-    """The edit of the harness ``digest`` that a generation tried in vain; None if there is none."""
+    """The edit of the harness ``digest`` that a generation tried; None if there is none."""
     if step.harness is not None:
-        lost = step.harness.parent == digest and not isinstance(step.gate, CandidatePromoted)
-        return step.harness.edit if lost else None
+        return step.harness.edit if step.harness.parent == digest else None
     if step.author_failed is None or step.lever is None:
         return None
     return NO_EDIT if state.candidate(step.lever.parent).harness == digest else None

@@ -136,10 +136,18 @@ def test_mcnemar_stays_exact_far_out_in_the_tail() -> None:
 @settings(deadline=None)
 @given(st.lists(REWARDS, max_size=9))
 def test_sign_flip_counts_every_flip_exactly(differences: list[float]) -> None:
-    exact = [Fraction(d) for d in differences]
+    exact = [Fraction(d).limit_denominator(1000) for d in differences]
     flips = [sum(s * d for s, d in zip(signs, exact, strict=True)) for signs in _signs(len(exact))]
     expected = Fraction(sum(f >= sum(exact) for f in flips), len(flips))
     assert sign_flip(differences, seed=0) == float(expected)
+
+
+def test_differences_that_are_the_same_in_decimals_tie() -> None:
+    candidate, parent = [0.8, 0.5, 0.5, 0.9, 0.7, 0.9], [0.6, 0.3, 0.7, 0.6, 0.5, 0.7]
+    differences = [c - p for c, p in zip(candidate, parent, strict=True)]
+    assert len(set(differences)) > 3, "as floats 2 tenths are not always the same"
+    assert sign_flip(differences, seed=0) == sign_flip([2, 2, -2, 3, 2, 2], seed=0)
+    assert sign_flip([1 / 3, 1 / 3, 1 / 3, -1], seed=0) == sign_flip([1, 1, 1, -3], seed=0)
 
 
 def _signs(n: int) -> list[tuple[int, ...]]:
