@@ -24,7 +24,7 @@ class EvaluationConfig(msgspec.Struct, frozen=True, kw_only=True):
         perturbed: so many examples of ``dev`` are asked once more in another form before a candidate is promoted.
         regression: at most this many examples of the task's regression set (0 = all), if it has one.
         fresh_dev: each generation's candidate and its parent are measured on so many examples of ``dev``, others than
-            those of the generations before as long as there are any (0 = always on the same ones).
+            those of the generations before (0 = always on the same ones).
     """
 
     dev_examples: Annotated[int, msgspec.Meta(ge=0)] = 0

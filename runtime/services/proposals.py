@@ -120,13 +120,10 @@ def candidate(
 
 
 def dev_positions(world: World, generation: int) -> range:
-    """The examples of dev for a generation's gate: all, or fresh ones; once all were used, the oldest come again."""
+    """The examples of dev for a generation's gate: all, or fresh ones."""
     fresh = world.config.evaluation.fresh_dev
     whole = world.positions("dev")
-    if not fresh:
-        return whole
-    turn = generation % (len(whole) // fresh)
-    return whole[turn * fresh : (turn + 1) * fresh]
+    return whole[generation * fresh : (generation + 1) * fresh] if fresh else whole
 
 
 def evaluated(

@@ -213,7 +213,8 @@ async def test_fresh_dev_measures_both_on_examples_that_nobody_was_measured_on(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"evaluation": {"fresh_dev": 200}}, "200 fresh examples of dev, and sums has 180"),
+        ({"evaluation": {"fresh_dev": 200}}, "200 fresh examples of dev, .* and sums has 180"),
+        ({"evaluation": {"fresh_dev": 50}, "max_generations": 3}, "200 with the first candidate's, and sums has 180"),
         ({"second": {"name": "nobody"}}, "There is no verifier 'nobody'"),
         ({"task": {"name": "arith"}, "second": {"name": "task"}}, "The task arith has no second verifier of its own"),
         ({"task": "without.py", "evaluation": {"perturbed": 2}}, "cannot be asked in another form"),
