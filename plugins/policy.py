@@ -249,6 +249,11 @@ class TrainEvidence(msgspec.Struct, frozen=True, kw_only=True):
     reward: float | None
     trajectory: str = ""
 
+    @property
+    def succeeded(self) -> bool:
+        """Whether there is nothing to learn from it but how it is done."""
+        return self.error is None and self.reward is not None and self.reward >= 1
+
 
 #: What stands in ``AuthorInput.tried`` for a generation in which the author had no usable edit.
 NO_EDIT = "no edit"
@@ -258,8 +263,8 @@ class AuthorInput(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that an edit may depend on: the promoted harness, what was tried, train items in full.
 
     Attributes:
-        harness: the promoted one.
-        tried: edits of it that did not replace it, by name, and ``NO_EDIT``.
+        harness: the promoted one; ``best`` is its candidate's generation.
+        tried: edits of it, by name, and ``NO_EDIT``; a promoted one is among them after a rollback.
         answers: of the train items; where ``allows.data`` is false, none of them may go into a harness.
         restricted: no text of an item may go into a harness.
     """
@@ -270,6 +275,7 @@ class AuthorInput(msgspec.Struct, frozen=True, kw_only=True):
     max_answer_tokens: int
     harness: Harness
     history: tuple[Generation, ...]
+    best: int
     tried: tuple[str, ...]
     train: tuple[Example, ...]
     answers: dict[str, str]

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import msgspec
 
 from bascule.plugins.authors.clusters import evidence_text
-from bascule.plugins.authors.trials import fold
+from bascule.plugins.authors.trials import fold, trial_call
 from bascule.plugins.models.endpoint import Endpoint, ask, check_ready, parameters
 from bascule.plugins.models.messages import (
     Ended,
@@ -31,7 +31,6 @@ from bascule.plugins.models.messages import (
 )
 from bascule.plugins.policy import (
     READ,
-    TRIAL,
     AuthorInput,
     Call,
     CallModel,
@@ -322,17 +321,19 @@ class _Desk:
             positions=positions,
             samples=given.samples,
         )
-        arguments = msgspec.json.decode(msgspec.json.encode(request))
         ids = [self._given.train[p].id for p in positions]
         left = self._params.trials - self._trials
-        return Perform(CallTool(name=TRIAL, arguments=arguments), lambda called: trial_text(called, ids, left))
+        return Perform(trial_call(request), lambda called: trial_text(called, ids, left))
 
     def _trajectory(self, given: dict[str, Any]) -> Said | Perform:
         trajectory = given.get("trajectory")
-        if trajectory not in {e.trajectory for e in self._given.evidence}:
+        found = next((e for e in self._given.evidence if e.trajectory == trajectory), None)
+        if found is None:
             return Said("There is no such trajectory of the present harness on train.", error=True)
         if self._given.restricted:
             return Said("The items of this task must not be published, so its trajectories are not shown.", error=True)
+        if found.succeeded and not self._given.allows.data:
+            return Said("It succeeded, and right answers are not shown: none may go into a harness.", error=True)
         return Perform(CallTool(name=READ, arguments={"trajectory": trajectory}), trajectory_text)
 
     def _finish(self, summary: str) -> Said | Ended:

@@ -20,8 +20,8 @@ def evidence_text(given: AuthorInput, room: int) -> str:
 
     Every kind of failure has its count and in turn its examples, as long as there is room; then come successes.
     """
-    failed = [e for e in given.evidence if not succeeded(e)]
-    passed = [e for e in given.evidence if succeeded(e)]
+    failed = [e for e in given.evidence if not e.succeeded]
+    passed = [e for e in given.evidence if e.succeeded]
     clusters = sorted(_clusters(failed).items(), key=lambda pair: (-len(pair[1]), pair[0]))
     shown: dict[str, list[dict[str, Any]]] = {kind: [] for kind, _ in clusters}
     room -= _ROOM * len(clusters)
@@ -43,11 +43,6 @@ def evidence_text(given: AuthorInput, room: int) -> str:
     if successes:
         lines += [f"Some of the {len(passed)} that did not:", as_data("successes", successes)]
     return "\n".join(lines)
-
-
-def succeeded(evidence: TrainEvidence) -> bool:
-    """Whether there is nothing to learn from it but how it is done."""
-    return evidence.error is None and evidence.reward is not None and evidence.reward >= 1
 
 
 def kind_of(evidence: TrainEvidence) -> str:
@@ -98,7 +93,7 @@ def _shown(given: AuthorInput, evidence: TrainEvidence) -> dict[str, Any]:
     told["asked"] = {name: _cut(value) for name, value in evidence.example.input.items()}
     if given.allows.data:
         told["right"] = _cut(evidence.truth)
-    if given.allows.data or not succeeded(evidence):
+    if given.allows.data or not evidence.succeeded:
         told["answered"] = _cut(evidence.answer)
     return told
 

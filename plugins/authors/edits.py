@@ -8,7 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 from bascule.plugins.authors.shots import Shot, choose_shots
-from bascule.plugins.policy import AuthorInput, TrainEvidence
+from bascule.plugins.policy import AuthorInput
 from bascule.plugins.task import Example
 from bascule.plugins.tasks.harness_files import can_widen, manifest_text, widened
 from bascule.schemas.harness import Harness, HarnessManifest
@@ -81,7 +81,7 @@ def material_of(given: AuthorInput, *, without: Iterable[str] = ()) -> Material:
     return Material(
         train=tuple(e for e in given.train if e.group not in out),
         answers=given.answers,
-        own={e.example.id: e.answer for e in given.evidence if e.answer and _right(e)},
+        own={e.example.id: e.answer for e in given.evidence if e.answer and e.succeeded},
         quotable=given.allows.data and not given.restricted,
         description=given.description,
         max_answer_tokens=given.max_answer_tokens,
@@ -142,10 +142,6 @@ def edited(harness: Harness, operator: Operator, material: Material) -> dict[str
     files["manifest.json"] = manifest_text(manifest)
     # With hardly a train item, other shots may turn out to be the same ones.
     return None if files == harness.files else files
-
-
-def _right(evidence: TrainEvidence) -> bool:
-    return evidence.error is None and evidence.reward is not None and evidence.reward >= 1
 
 
 def _shots(operator: Operator, params: Params, material: Material) -> list[Shot]:

@@ -20,10 +20,10 @@ from bascule.plugins.authors.edit_table import of_version
 from bascule.plugins.authors.edits import Family, Material, edited, known_form, material_of, untried
 from bascule.plugins.authors.halving import Round, Standing, excess, kept, rounds
 from bascule.plugins.authors.operators_first import ranked
-from bascule.plugins.authors.trials import ordered, rewards
+from bascule.plugins.authors.trials import ordered, rewards, trial_call
+from bascule.plugins.params import read_params
 from bascule.plugins.policy import (
     NO_EDIT,
-    TRIAL,
     AuthorInput,
     CallResult,
     CallTool,
@@ -31,7 +31,6 @@ from bascule.plugins.policy import (
     NoEdit,
     TrialRequest,
 )
-from bascule.schemas.errors import ConfigError
 from bascule.schemas.harness import Harness
 
 #: Which families come first, by what the promoted harness shows.
@@ -83,12 +82,7 @@ def make(params: dict[str, Any]) -> Operators:
     Raises:
         ConfigError: a parameter is unknown or out of range.
     """
-    try:
-        return Operators(msgspec.convert(params, Params))
-    except msgspec.ValidationError as e:
-        raise ConfigError(
-            f"The author operators cannot take these parameters: {e}.", next_step="Correct that value."
-        ) from e
+    return Operators(read_params(params, Params, "The author operators"))
 
 
 class Operators:
@@ -178,7 +172,7 @@ def searched(
             if result is None:
                 files = {} if standing.entrant == 0 else _other(harness, candidates[standing.entrant - 1].files)
                 request = TrialRequest(files=files, positions=asked)
-                return CallTool(name=TRIAL, arguments=msgspec.json.decode(msgspec.json.encode(request)))
+                return trial_call(request)
             scored = rewards(result, len(asked))
             standings[i] = Standing(entrant=standing.entrant, rewards=(*standing.rewards, *scored))
     return standings

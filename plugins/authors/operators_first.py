@@ -27,9 +27,9 @@ ORDERS: dict[str, tuple[Family, ...]] = {
 }
 
 
-def situation(params: Params, history: Sequence[Generation]) -> str:
-    """The key into ``ORDERS``. Without a landscape a harness counts as low."""
-    train = next((g.train for g in reversed(history) if g.outcome == "promoted"), None)
+def situation(params: Params, best: Generation | None) -> str:
+    """The key into ``ORDERS`` for the promoted candidate. Without a landscape a harness counts as low."""
+    train = None if best is None else best.train
     if params["form"] == "chat" and (train is None or train.success_rate < LOW_SUCCESS):
         return "low-chat"
     if train is not None and train.format_failures > MANY_FORMAT_FAILURES:
@@ -48,7 +48,8 @@ def ranked(
     left = [o for o in untried(given.harness, given.tried, operators) if may_quote or not o.quotes]
     if not left:
         return []
-    order = orders[situation(given.harness.manifest.params, given.history)]
+    best = next((g for g in given.history if g.generation == given.best), None)
+    order = orders[situation(given.harness.manifest.params, best)]
     return sorted(left, key=lambda o: (failed[o.family], order.index(o.family)))
 
 

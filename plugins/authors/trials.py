@@ -8,9 +8,14 @@ from collections.abc import Sequence
 
 import msgspec
 
-from bascule.plugins.policy import CallResult, TrialResult
+from bascule.plugins.policy import TRIAL, CallResult, CallTool, TrialRequest, TrialResult
 from bascule.plugins.task import Example
 from bascule.schemas.events import ToolCalled
+
+
+def trial_call(request: TrialRequest) -> CallTool:
+    """The call of a trial, its arguments as they are recorded."""
+    return CallTool(name=TRIAL, arguments=msgspec.json.decode(msgspec.json.encode(request)))
 
 
 def outcome(result: CallResult) -> tuple[float | None, str]:
@@ -18,7 +23,8 @@ def outcome(result: CallResult) -> tuple[float | None, str]:
     assert isinstance(result, ToolCalled)
     if result.result is None:
         return None, result.error or "the trial gave no result"
-    found = msgspec.json.decode(result.result, type=TrialResult)
+    if (found := _read(result.result)) is None:
+        return None, "its result quotes an item of the task, and is not recorded"
     if all(reward is None for reward in found.rewards) or found.errors >= len(found.rewards):
         return None, found.message or "no episode was scored"
     return (found.score if math.isfinite(found.score) else None), found.message
@@ -27,10 +33,18 @@ def outcome(result: CallResult) -> tuple[float | None, str]:
 def rewards(result: CallResult, n: int) -> tuple[float, ...]:
     """The reward of each of ``n`` items, in their order; 0 where there is none."""
     assert isinstance(result, ToolCalled)
-    if result.result is None:
+    found = None if result.result is None else _read(result.result)
+    if found is None or len(found.rewards) != n:
         return (0.0,) * n
-    found = msgspec.json.decode(result.result, type=TrialResult).rewards
-    return tuple(reward or 0.0 for reward in found) if len(found) == n else (0.0,) * n
+    return tuple(reward or 0.0 for reward in found.rewards)
+
+
+def _read(result: str) -> TrialResult | None:
+    """None for one that was withheld, since it quotes an item of a restricted task."""
+    try:
+        return msgspec.json.decode(result, type=TrialResult)
+    except msgspec.DecodeError:
+        return None
 
 
 def ordered(train: Sequence[Example], *, salt: str) -> list[int]:

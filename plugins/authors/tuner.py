@@ -31,6 +31,7 @@ from bascule.plugins.authors.suggesting import (
     suggestion,
 )
 from bascule.plugins.authors.trials import fold, outcome
+from bascule.plugins.params import read_params
 from bascule.plugins.policy import (
     TRIAL,
     AuthorInput,
@@ -88,12 +89,7 @@ def make(params: dict[str, Any], version: Version = VERSION) -> Tuner:
     Raises:
         ConfigError: a parameter is unknown or out of range.
     """
-    try:
-        return Tuner(msgspec.convert(params, Params), version)
-    except msgspec.ValidationError as e:
-        raise ConfigError(
-            f"The author tuner cannot take these parameters: {e}.", next_step="Correct that value."
-        ) from e
+    return Tuner(read_params(params, Params, "The author tuner"), version)
 
 
 class Tuner:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from bascule.plugins.policies.feasibility import parameters
+from bascule.plugins.params import read_params
 from bascule.plugins.policies.rules import Thresholds, algorithm_options
 from bascule.plugins.policies.schedule import Turn, check_turns, take
 from bascule.plugins.policy import CallResult, PolicyInput, PolicyStart
@@ -40,7 +40,7 @@ def make(params: dict[str, Any]) -> Alternate:
     Raises:
         ConfigError: a parameter is unknown or out of range.
     """
-    return Alternate(parameters("alternate", params, Params))
+    return Alternate(read_params(params, Params, "The policy alternate"))
 
 
 class Alternate:

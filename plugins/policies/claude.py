@@ -272,7 +272,10 @@ def _fault(call: CallModel, answer: dict[str, Any]) -> str | None:
         if use["name"] == CHOOSE:
             found = chosen(use["input"], choices)
             return found if isinstance(found, str) else None
-    return None if any(use["name"] == READ for use in used) else f"it used a tool {used[0]['name']!r}."
+    may_read = call.request["tool_choice"]["type"] == "any"
+    if may_read and any(use["name"] == READ for use in used):
+        return None
+    return f"it used the tool {used[0]['name']!r}, and not {CHOOSE}."
 
 
 def decision(found: _Chosen, options: Sequence[Option], seen: Any) -> LeverDecision:

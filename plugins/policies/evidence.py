@@ -11,7 +11,7 @@ from bascule.schemas.events import PairedFigures
 #: Of the landscape over train, by the version of ``rules`` that first looked at them.
 FIRST = ("success_rate", "informative", "format_failures", "errors", "mean", "variance")
 SECOND = (*FIRST, "skew", "distinct_rewards", "step_rewards")
-THIRD = (*SECOND, "density", "step_density", "ess", "kl_to_base", "regression_drop")
+THIRD = (*SECOND, "density", "step_density", "ess", "kl_to_base")
 
 
 def promoted(given: PolicyInput) -> Generation:

@@ -5,7 +5,7 @@ The latter is asked of a landscape, and of a run before it starts as far as it c
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -25,20 +25,6 @@ def no_harness(given: PolicyInput) -> Option | None:
     if given.edits_left == 0:
         return Option(lever="harness", feasible=False, reasons=("the author has no untried edit of this harness",))
     return None
-
-
-def parameters(policy: str, params: dict[str, Any], kind: type[P]) -> P:
-    """A policy's parameters.
-
-    Raises:
-        ConfigError: one is unknown or out of range.
-    """
-    try:
-        return msgspec.convert(params, kind)
-    except msgspec.ValidationError as e:
-        raise ConfigError(
-            f"The policy {policy} cannot take these parameters: {e}.", next_step="Correct that value."
-        ) from e
 
 
 def unmet(info: AlgorithmInfo, landscape: RewardLandscape | None, *, first: bool = False) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from bascule.plugins.policies.feasibility import parameters
+from bascule.plugins.params import read_params
 from bascule.plugins.policies.rules import Thresholds, algorithm_options
 from bascule.plugins.policies.schedule import Turn, check_turns, take
 from bascule.plugins.policy import CallResult, PolicyInput, PolicyStart
@@ -44,7 +44,7 @@ def make(params: dict[str, Any]) -> Fixed:
     Raises:
         ConfigError: a parameter is unknown, or preset and algorithm name two algorithms.
     """
-    return Fixed(parameters("fixed", params, Params))
+    return Fixed(read_params(params, Params, "The policy fixed"))
 
 
 class Fixed:

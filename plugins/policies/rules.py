@@ -60,6 +60,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from bascule.plugins.params import read_params
 from bascule.plugins.policies.evidence import (
     FIRST,
     SECOND,
@@ -71,7 +72,7 @@ from bascule.plugins.policies.evidence import (
     plateau,
     promoted,
 )
-from bascule.plugins.policies.feasibility import check_named, no_harness, only, parameters, unmet
+from bascule.plugins.policies.feasibility import check_named, no_harness, only, unmet
 from bascule.plugins.policy import AlgorithmInfo, CallResult, Generation, PolicyInput, PolicyStart
 from bascule.schemas.decision import LeverDecision, Option
 from bascule.schemas.landscape import Interval, RewardLandscape
@@ -125,7 +126,7 @@ def make(params: dict[str, Any], version: Version = VERSION) -> Rules:
     Raises:
         ConfigError: a threshold is unknown or out of range.
     """
-    return Rules(parameters("rules", params, Thresholds), version)
+    return Rules(read_params(params, Thresholds, "The policy rules"), version)
 
 
 class Rules:
@@ -286,8 +287,6 @@ def _risk(history: Sequence[Generation], land: RewardLandscape, t: Thresholds) -
     if tested is not None and -tested[1].difference > t.regression and tested[1].p_worse < _ONE_ERROR:
         fell = f"the score on the regression set fell by {-tested[1].difference:.3f} with the job of generation"
         return f"{fell} {tested[0].generation} (p = {tested[1].p_worse:.2g}), over {t.regression:g}"
-    if land.regression_drop is not None and land.regression_drop > t.regression:
-        return f"the score on the regression set fell by {land.regression_drop:.3f}, over {t.regression:g}"
     if land.kl_to_base is not None and land.kl_to_base > t.max_base_kl:
         return f"the KL divergence to the base is {land.kl_to_base:.2f} nats a token, over {t.max_base_kl:g}"
     return None

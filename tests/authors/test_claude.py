@@ -57,8 +57,8 @@ def seen(**values: Any) -> AuthorInput:
     return AuthorInput(
         **{
             "generation": 1, "seed": 1, "description": "Say the number.", "max_answer_tokens": 4, "harness": HARNESS,
-            "history": (), "tried": (), "train": TRAIN, "answers": {e.id: f"truth-{i}" for i, e in enumerate(TRAIN)},
-            "evidence": EVIDENCE, **values,
+            "history": (), "best": 0, "tried": (), "train": TRAIN,
+            "answers": {e.id: f"truth-{i}" for i, e in enumerate(TRAIN)}, "evidence": EVIDENCE, **values,
         }
     )  # fmt: skip
 
@@ -235,6 +235,11 @@ def test_where_answers_may_not_go_into_a_harness_it_sees_none() -> None:
     first = Played(allows=Allows(data=False)).first
     assert "truth-" not in first
     assert "many words here" in first
+    right, wrong = EVIDENCE[0].trajectory, EVIDENCE[1].trajectory
+    reads = message(use(READ, {"trajectory": right}, "r1"), use(READ, {"trajectory": wrong}, "r2"))
+    played = Played(reads, allows=Allows(data=False))
+    assert [c.arguments["trajectory"] for c in played.performed] == [wrong]
+    assert "right answers are not shown" in str(played.said()[0])
 
 
 def test_of_a_restricted_task_it_sees_ids_in_place_of_texts() -> None:

@@ -14,6 +14,7 @@ from bascule.plugins.authors import bascule_register
 from bascule.plugins.authors.edit_table import AFTER, BRIEF, OPERATORS, STEPS
 from bascule.plugins.authors.edits import edited, material_of
 from bascule.plugins.authors.operators import ORDERS, Operators, make, tried_on
+from bascule.plugins.authors.trials import outcome, rewards
 from bascule.plugins.policy import (
     NO_EDIT,
     TRIAL,
@@ -57,12 +58,21 @@ def asked(harness: Harness | None = None, public: PublicFace = PUBLIC, **given: 
         "max_answer_tokens": public.max_answer_tokens,
         "harness": harness or make_harness(Arith({}).harness()),
         "history": (generation(0, None, "promoted"),),
+        "best": 0,
         "tried": (),
         "train": public.train,
         "answers": public.answers,
         "evidence": (),
     }
     return AuthorInput(**values | given)
+
+
+def test_a_trial_whose_result_was_withheld_counts_nothing() -> None:
+    withheld = ToolCalled(session="s", ordinal=0, name=TRIAL, arguments={}, result="[restricted:0123456789ab]")
+    assert rewards(withheld, 2) == (0.0, 0.0)
+    score, why = outcome(withheld)
+    assert score is None
+    assert "quotes an item" in why
 
 
 def searched(given: AuthorInput, score: Score, author: Operators = AUTHOR) -> tuple[Any, list[TrialRequest]]:

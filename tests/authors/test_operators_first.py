@@ -61,6 +61,7 @@ def asked(
     tried: tuple[str, ...] = (),
     seed: int = 1,
     public: PublicFace = PUBLIC,
+    best: int = 0,
 ) -> AuthorInput:
     return AuthorInput(
         generation=len(history),
@@ -69,6 +70,7 @@ def asked(
         max_answer_tokens=public.max_answer_tokens,
         harness=harness or make_harness(Arith({}).harness()),
         history=history or (generation(0, None, "promoted", land(0.1)),),
+        best=best,
         tried=tried,
         train=public.train,
         answers=public.answers,
@@ -247,3 +249,8 @@ def test_without_the_right_to_quote_train_items_no_edit_holds_any() -> None:
         assert isinstance(edit, NoEdit)
         assert "no train items" in edit.reason
         assert AUTHOR.edits_left(harness, (*seen, NO_EDIT)) == 0
+
+
+def test_after_a_rollback_the_parents_own_landscape_says_what_comes_first() -> None:
+    history = (generation(0, None, "promoted", land(0.1)), generation(1, "brief", "promoted", land(0.9)))
+    assert step(asked(history=history, best=1)).edit != step(asked(history=history, best=0)).edit

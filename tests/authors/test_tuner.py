@@ -66,6 +66,7 @@ def asked(given: Harness = WITH_BOTH, *, seed: int = 1, history: tuple[Generatio
         max_answer_tokens=4,
         harness=given,
         history=history,
+        best=0,
         tried=(),
         train=TRAIN,
         answers={},

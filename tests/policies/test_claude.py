@@ -143,6 +143,25 @@ def test_it_may_look_at_as_many_train_trajectories_as_it_is_allowed() -> None:
     assert [a.request["tool_choice"]["type"] for a in asked] == ["any", "any", "tool"]
 
 
+async def test_where_it_reads_on_though_it_has_to_choose_the_run_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODEL_TEST_KEY", KEY)
+    read = message(use(READ, {"trajectory": "g00-train-0001-n0"}))
+    pauses = []
+    with serving(in_turn(read)) as server:
+        policy = make({"base_url": server.url, "key_env": "MODEL_TEST_KEY", "model": "m-1", "reads": 1})
+        results: list[CallResult] = []
+        while len(pauses) < 4:
+            call = policy.step(given(FIRST, outcomes=OUTCOMES), results)
+            if isinstance(call, CallModel):
+                performed = await policy.perform(call)
+                pauses.append(performed.pause)
+                results.append(called(call, performed.answer, len(results)))
+            else:
+                assert isinstance(call, CallTool)
+                results.append(ToolCalled(session="s", ordinal=0, name=call.name, arguments=call.arguments, result="7"))
+    assert [p is None for p in pauses] == [True, True, True, False]
+
+
 def test_nothing_is_asked_where_there_is_nothing_to_choose() -> None:
     for seen in (given(FIRST, max_generations=0), given(FIRST, levers=("harness",), edits_left=0)):
         decision = make({}).step(seen, ())

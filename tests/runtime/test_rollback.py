@@ -19,6 +19,7 @@ from bascule.runtime.log.blobs import FileBlobs
 from bascule.runtime.log.memory import MemoryLog
 from bascule.runtime.runner import View, serve
 from bascule.runtime.services.catalog import SERVICES
+from bascule.runtime.services.inputs import tried
 from bascule.runtime.state import RunState
 from bascule.schemas import events as ev
 from bascule.schemas import subjects
@@ -144,6 +145,7 @@ async def test_after_a_rollback_the_earlier_candidate_is_the_parent(
     assert state.step(3).lever is not None
     assert state.step(3).lever.parent == 0  # type: ignore[union-attr]
     assert state.step(3).harness.parent == state.candidate(0).harness  # type: ignore[union-attr]
+    assert tried(state, 0) == ("up to 11", "up to 21"), "what was promoted and taken back was tried"
     assert isinstance(state.end, ev.RunCompleted)
     assert state.end.best == 3
     assert state.digest() == view.state.digest()
@@ -161,6 +163,9 @@ async def test_what_cannot_be_rolled_back_is_refused(
     with pytest.raises(ConfigError, match="is the parent already"):
         await roll_back(log, 0)
     assert [e.seq async for e in log.read(f"bascule.{RUN}.>")] == before
+    await serve_until(make_view(log), lambda e: isinstance(e.data, ev.LeverChosen) and e.data.lever == "stop")
+    with pytest.raises(ConfigError, match="has stopped, and its sealed split is being scored"):
+        await roll_back(log, 0)
     await serve(make_view(log), list(SERVICES.values()))
     with pytest.raises(ConfigError, match="has ended"):
         await roll_back(log, 0)
