@@ -102,6 +102,11 @@ def parse_manifest(text: str) -> HarnessManifest:
         raise HarnessError(f"manifest.json of the harness is not valid: {e}.", next_step="Correct that field.") from e
 
 
+def leaves(name: str) -> bool:
+    """Whether the name of a file leaves a harness's directory, or may be read as one that does."""
+    return name.startswith("/") or "\\" in name or "\0" in name or any(p in ("", ".", "..") for p in name.split("/"))
+
+
 def make_harness(files: dict[str, str]) -> Harness:
     """Check a harness directory's files and address them by content.
 
@@ -113,8 +118,7 @@ def make_harness(files: dict[str, str]) -> Harness:
         if name not in files:
             raise HarnessError(f"The harness has no {name}.", next_step=f"It needs {', '.join(REQUIRED)}.")
     for name in files:
-        parts = name.split("/")
-        if name.startswith("/") or "\\" in name or "\0" in name or any(p in ("", ".", "..") for p in parts):
+        if leaves(name):
             raise HarnessError(
                 f"The harness names a file outside its directory: {name!r}.", next_step="Use relative names below it."
             )

@@ -27,6 +27,7 @@ from bascule.plugins.models.messages import (
     call_of,
     conversation,
     no_object,
+    reading,
     tool,
 )
 from bascule.plugins.policy import (
@@ -44,7 +45,7 @@ from bascule.plugins.policy import (
 )
 from bascule.schemas.errors import HarnessError, ModelError
 from bascule.schemas.events import ModelCalled, ToolCalled
-from bascule.schemas.harness import MAX_BYTES, REQUIRED, Harness, make_harness
+from bascule.schemas.harness import MAX_BYTES, REQUIRED, Harness, leaves, make_harness
 
 VERSION = "1"
 TRY = "try_on_train"
@@ -272,9 +273,8 @@ class _Desk:
         return Said(self._files[path])
 
     def _write(self, given: _Write) -> Said:
-        fault = _outside(given.path)
-        if fault is not None:
-            return Said(fault, error=True)
+        if leaves(given.path):
+            return Said(f"{given.path!r} is outside the harness. Give a relative path below it.", error=True)
         files = {**self._files, given.path: given.content}
         size = sum(len(k.encode("utf-8", "replace")) + len(v.encode("utf-8", "replace")) for k, v in files.items())
         if size > MAX_BYTES:
@@ -334,7 +334,7 @@ class _Desk:
             return Said("The items of this task must not be published, so its trajectories are not shown.", error=True)
         if found.succeeded and not self._given.allows.data:
             return Said("It succeeded, and right answers are not shown: none may go into a harness.", error=True)
-        return Perform(CallTool(name=READ, arguments={"trajectory": trajectory}), trajectory_text)
+        return reading(found.trajectory)
 
     def _finish(self, summary: str) -> Said | Ended:
         if self._files == self._given.harness.files:
@@ -363,13 +363,6 @@ def trial_text(called: ToolCalled, ids: Sequence[str], left: int) -> Said:
         f"{found.unscored} have no verdict. Trials left: {left}.{message}\n"
         f"Rewards below 1, by item: {as_data('rewards', wrong)}"
     )
-
-
-def trajectory_text(called: ToolCalled) -> Said:
-    """What an episode's record says, as the model is told it."""
-    if called.result is None:
-        return Said(called.error or "There is no record of it.", error=True)
-    return Said(as_data("trajectory", called.result))
 
 
 def prompt(given: AuthorInput, params: Params) -> str:
@@ -421,11 +414,3 @@ def _with(messages: Sequence[Message], text: str) -> list[Message]:
     content = last["content"]
     blocks = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
     return [*before, {**last, "content": [*blocks, {"type": "text", "text": text}]}]
-
-
-def _outside(path: str) -> str | None:
-    """What is wrong with a path; None if it is inside the harness."""
-    parts = path.split("/")
-    if path.startswith("/") or "\\" in path or "\0" in path or any(p in ("", ".", "..") for p in parts):
-        return f"{path!r} is outside the harness. Give a relative path below it."
-    return None

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from bascule.plugins.models.endpoint import Endpoint, unusable
-from bascule.plugins.policy import CallModel, CallResult, CallTool
+from bascule.plugins.policy import READ, CallModel, CallResult, CallTool
 from bascule.schemas.events import ModelCalled, ToolCalled
 
 #: Under this name stands what a model gave for a tool's input and what is no JSON object.
@@ -133,6 +133,17 @@ def _object(given: Any) -> dict[str, Any]:
 def no_object(given: dict[str, Any]) -> str | None:
     """What to tell a model whose input of a tool is no JSON object; None if it is one."""
     return "The input of the tool was not a JSON object. Give one." if NO_JSON in given else None
+
+
+def reading(trajectory: str) -> Perform:
+    """The call that reads the record of an episode, and what the model is told of it."""
+
+    def said(called: ToolCalled) -> Said:
+        if called.result is None:
+            return Said(called.error or "There is no record of it.", error=True)
+        return Said(as_data("trajectory", called.result))
+
+    return Perform(CallTool(name=READ, arguments={"trajectory": trajectory}), said)
 
 
 def as_data(name: str, value: Any) -> str:

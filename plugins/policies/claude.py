@@ -25,6 +25,7 @@ from bascule.plugins.models.messages import (
     conversation,
     faults,
     no_object,
+    reading,
     tool,
     uses,
 )
@@ -44,7 +45,6 @@ from bascule.plugins.policy import (
 )
 from bascule.schemas.decision import LeverDecision, Option
 from bascule.schemas.errors import ModelError
-from bascule.schemas.events import ToolCalled
 
 VERSION = "1"
 CHOOSE = "choose_lever"
@@ -237,16 +237,9 @@ def _act(choices: Sequence[str], outcomes: Sequence[TrainOutcome], reads: int) -
         left[0] -= 1
         if given.get("trajectory") not in known:
             return Said("There is no such trajectory on train; the list names those that there are.", error=True)
-        return Perform(CallTool(name=READ, arguments={"trajectory": given["trajectory"]}), told)
+        return reading(given["trajectory"])
 
     return act
-
-
-def told(called: ToolCalled) -> Said:
-    """What a tool of the feedback service said, as the model is told it."""
-    if called.result is None:
-        return Said(called.error or "The tool gave no result.", error=True)
-    return Said(as_data("trajectory", called.result))
 
 
 def chosen(given: dict[str, Any], choices: Sequence[str]) -> _Chosen | str:
