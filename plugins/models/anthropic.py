@@ -40,7 +40,8 @@ async def ask(endpoint: Endpoint, key: str, request: dict[str, Any]) -> Performe
 
 async def _answered(sdk: Any, client: Any, request: dict[str, Any]) -> bytes:
     """The body of the answer. Models that cannot be made to use a tool are asked to use one of their own will."""
-    sent = cached(request)
+    # Without tools it is no conversation: nobody would read what is kept, and keeping it costs more than it.
+    sent = cached(request) if request.get("tools") else request
     try:
         return await _sent(client, sent)
     except sdk.BadRequestError as e:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from importlib.util import find_spec
+from ipaddress import IPv4Address
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
 
 from bascule.plugins.extras import install_command
+from bascule.plugins.params import read_params
 from bascule.plugins.policy import Performed
 from bascule.schemas.errors import ConfigError, ModelError
 
@@ -111,16 +114,42 @@ def check_endpoint(endpoint: Endpoint, who: str) -> None:
     """
     if endpoint.provider == "openai" and not endpoint.model:
         raise ConfigError(f"{who} asks an OpenAI-compatible endpoint for no model.", next_step="Set its model.")
-    parts = urlsplit(endpoint.url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    check_url(endpoint.url, who, "base_url")
+
+
+def check_url(url: str, who: str, parameter: str) -> None:
+    """Refuse an address that nothing can be asked at, or that holds a password.
+
+    Args:
+        who: whose parameter it is, as errors name it, ``The author claude``.
+
+    Raises:
+        ConfigError: names the parameter and the address, without what may be a password.
+    """
+    said = f"{who} has the {parameter} {url.rpartition('@')[2]!r}"
+    if not _is_address(url):
         raise ConfigError(
-            f"{who} has the base_url {endpoint.base_url!r}.", next_step="Give one that begins with http:// or https://."
+            f"{said}, which is no http or https address.",
+            next_step="Give one such as https://host.example/v1 or http://127.0.0.1:8000.",
         )
-    if parts.username or parts.password:
+    if "@" in urlsplit(url).netloc:
         raise ConfigError(
-            f"The base_url of {who} holds a password, which would be recorded.",
-            next_step="Put it into an environment variable and name that in key_env.",
+            f"{said} with a user's name or a password before it, which would be recorded.",
+            next_step="Put a key into an environment variable and name that in key_env.",
         )
+
+
+def _is_address(url: str) -> bool:
+    """Whether HTTP clients take it: they refuse more than ``urlsplit``, and only when they are to ask."""
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").encode("idna").decode()
+        if re.fullmatch(r"\d+(\.\d+){3}", host):
+            IPv4Address(host)
+        named = bool(host) and parts.port != 0
+    except ValueError:  # brackets, a port or a name that are none
+        return False
+    return named and parts.scheme in ("http", "https") and url.isprintable() and " " not in url
 
 
 def parameters(given: dict[str, Any], type_: type[E], who: str) -> E:
@@ -132,10 +161,7 @@ def parameters(given: dict[str, Any], type_: type[E], who: str) -> E:
     Raises:
         ConfigError: one is unknown or out of range, or no call could be made with them.
     """
-    try:
-        found = msgspec.convert(given, type_)
-    except msgspec.ValidationError as e:
-        raise ConfigError(f"{who} cannot take these parameters: {e}.", next_step="Correct that value.") from e
+    found = read_params(given, type_, who)
     check_endpoint(found, who)
     return found
 
@@ -166,7 +192,7 @@ def key_of(endpoint: Endpoint) -> str:
     if fault is not None:
         raise ModelError(
             f"There is no key for {endpoint.said}: the environment variable {endpoint.key_name} {fault}.",
-            next_step=f"Set {endpoint.key_name} to the key alone where the feedback service runs, "
+            next_step=f"Set {endpoint.key_name} to the key alone where the service runs that asks, "
             "then `bascule resume RUN`.",
         )
     return os.environ[endpoint.key_name]

@@ -17,6 +17,7 @@ from bascule.plugins.perturb import can_perturb
 from bascule.plugins.policy import CallsModels, ChecksStart, PolicyStart
 from bascule.plugins.task import SecondOpinion
 from bascule.runtime.cli.harness_folder import check_harness
+from bascule.runtime.engines.vllm import RANKS
 from bascule.runtime.log.rules import MAX_BATCH
 from bascule.runtime.services.budgets import bounds_dollars, check_prices
 from bascule.runtime.services.inference import check_trainable, engine_params
@@ -43,8 +44,9 @@ def configure(
     base = layered(profile or {}, {k: v for k, v in given.items() if v is not None})
     for item in overrides:
         base = layered(base, override(item))
-    if not isinstance(base.get("task"), dict) or not isinstance(base["task"].get("params", {}), dict):
-        raise ConfigError(f"{base.get('task')!r} does not name a task.", next_step="`bascule tasks` lists them.")
+    played = base.get("task")
+    if not isinstance(played, dict) or "name" not in played or not isinstance(played.get("params", {}), dict):
+        raise ConfigError(f"{played!r} does not name a task.", next_step="Set task.name; `bascule tasks` lists them.")
     # A resume may come from another folder.
     if isinstance(base.get("model"), str) and "\0" not in base["model"] and Path(base["model"]).exists():
         base["model"] = str(Path(base["model"]).absolute())
@@ -52,7 +54,7 @@ def configure(
     path = engine["params"].get("path") if isinstance(engine, dict) and isinstance(engine.get("params"), dict) else None
     if isinstance(path, str):
         base = merged(base, {"engine": {"params": {"path": str(Path(path).absolute())}}})
-    task = loaded.registry.tasks.get(str(base["task"]["name"]))(base["task"].get("params", {}))
+    task = loaded.registry.tasks.get(str(played["name"]))(played.get("params", {}))
     defaults = merged(plain(RunConfig(task=PluginChoice(name=task.name))), task.defaults())
     for kind in ("author", "policy", "engine"):
         usual = defaults[kind]["name"]
@@ -154,6 +156,7 @@ def check_choices(world: World) -> dict[str, TrainParams]:
     _ = world.author
     usable = check_algorithms(world)
     check_policy(world)
+    check_ranks(world, usable)
     check_budget(world)
     return usable
 
@@ -201,6 +204,28 @@ def check_policy(world: World) -> None:
                 train_samples=config.evaluation.train_samples,
             )
         )
+
+
+def check_ranks(world: World, usable: Mapping[str, TrainParams]) -> None:
+    """Refuse adapters that a vLLM which the run starts would not take.
+
+    Args:
+        usable: the training parameters by algorithm.
+
+    Raises:
+        ConfigError: names the algorithm.
+    """
+    given, told = world.config.engine.params, _told(world)
+    starts = world.config.engine.name == "vllm" and not (given.get("url") or given.get("urls"))
+    if not starts or "weights" not in world.config.levers:
+        return
+    most = given.get("max_lora_rank", RANKS[-1])
+    for name, params in usable.items():
+        if params.lora_r > most and (not told or name in told):
+            raise ConfigError(
+                f"The algorithm {name} trains adapters of rank {params.lora_r}, and 'vllm' is to take up to {most}.",
+                next_step=f"Leave engine.max_lora_rank out (at most {RANKS[-1]}), or lower algorithms.{name}.lora_r.",
+            )
 
 
 def _check_algorithm(algorithm: Algorithm, given: dict[str, Any]) -> TrainParams:
@@ -327,11 +352,13 @@ def check_gate(world: World) -> None:
             "has no rules of its own.",
             next_step="Leave evaluation.perturbed at 0.",
         )
-    dev = len(world.positions("dev"))
-    if e.fresh_dev > dev:
+    dev, measured = len(world.positions("dev")), config.max_generations + 1
+    if measured * e.fresh_dev > dev:
         raise ConfigError(
-            f"Each generation is to have {e.fresh_dev} fresh examples of dev, and {public.name} has {dev} in all.",
-            next_step="Lower evaluation.fresh_dev, or give the task more of them.",
+            f"Each generation is to have {e.fresh_dev} fresh examples of dev, {measured * e.fresh_dev} with the first "
+            f"candidate's, and {public.name} has {dev}.",
+            next_step=f"Set evaluation.fresh_dev to at most {dev // measured} (0: the same ones each time), fewer "
+            "generations, or, where the task makes its items, task.params.dev.",
         )
 
 

@@ -1,53 +1,24 @@
 """Built-in inference engines. Model libraries are imported when an engine is made, not here."""
 
+from importlib import import_module
 from typing import Any
 
-from bascule.plugins.engine import Engine
+from bascule.plugins.engine import Engine, EngineFactory
 from bascule.plugins.hookspecs import hookimpl
 from bascule.plugins.registry import Registry
 
 
-def _transformers(model: str, params: dict[str, Any]) -> Engine:
-    from bascule.runtime.engines.transformers import make
+def _lazy(name: str) -> EngineFactory:
+    """The ``make`` of a module here, which is imported when an engine is made."""
 
-    return make(model, params)
+    def make(model: str, params: dict[str, Any]) -> Engine:
+        engine: Engine = import_module(f"{__name__}.{name}").make(model, params)
+        return engine
 
-
-def _cassette(model: str, params: dict[str, Any]) -> Engine:
-    from bascule.runtime.engines.cassette import make
-
-    return make(model, params)
-
-
-def _constant(model: str, params: dict[str, Any]) -> Engine:
-    from bascule.runtime.engines.constant import make
-
-    return make(model, params)
-
-
-def _vllm(model: str, params: dict[str, Any]) -> Engine:
-    from bascule.runtime.engines.vllm import make
-
-    return make(model, params)
-
-
-def _openai(model: str, params: dict[str, Any]) -> Engine:
-    from bascule.runtime.engines.openai import make
-
-    return make(model, params)
-
-
-def _anthropic(model: str, params: dict[str, Any]) -> Engine:
-    from bascule.runtime.engines.anthropic import make
-
-    return make(model, params)
+    return make
 
 
 @hookimpl
 def bascule_register(registry: Registry) -> None:
-    registry.engine("transformers", _transformers, version="1")
-    registry.engine("vllm", _vllm, version="1")
-    registry.engine("openai", _openai, version="1")
-    registry.engine("anthropic", _anthropic, version="1")
-    registry.engine("cassette", _cassette, version="1")
-    registry.engine("constant", _constant, version="1")
+    for name in ("transformers", "vllm", "openai", "anthropic", "cassette", "constant"):
+        registry.engine(name, _lazy(name), version="1")

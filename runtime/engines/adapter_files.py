@@ -10,9 +10,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from bascule.runtime.engines.refusals import PUBLISH
 from bascule.schemas.errors import EngineError
-
-_PUBLISH = "Publish the adapter again in PEFT's layout (adapter_config.json, adapter_model.safetensors)."
 
 
 class AdapterFiles:
@@ -47,7 +46,7 @@ class AdapterFiles:
                 self._write(files, target)
         except OSError as error:
             raise EngineError(
-                f"The adapter {name!r} in {folder} cannot be copied: {error}.", next_step=_PUBLISH
+                f"The adapter {name!r} in {folder} cannot be copied: {error}.", next_step=PUBLISH
             ) from error
         return target, f"{self._seen_as}/{target.name}"
 
@@ -86,5 +85,5 @@ def adapter_rank(name: str, folder: Path) -> int:
         if not isinstance(rank, int) or rank < 1:
             raise ValueError(f"r is {rank!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EngineError(f"The adapter {name!r} in {folder} cannot be read: {error!r}.", next_step=_PUBLISH) from error
+        raise EngineError(f"The adapter {name!r} in {folder} cannot be read: {error!r}.", next_step=PUBLISH) from error
     return rank

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bascule.runtime.engines.refusals import PUBLISH, other_content
 from bascule.schemas.errors import EngineError, TrainError
 from bascule.trainers.base_model import digest_of
 from bascule.trainers.tensorfile import read_tensors
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+?)(?P<nested>(?:\.base_layer)*)\.lora_(?P<factor>[AB])\.weight")
 _REFUSED = ("use_dora", "lora_bias", "modules_to_save", "fan_in_fan_out", "layer_replication")
-_PUBLISH = "Publish the adapter again in PEFT's layout (adapter_config.json, adapter_model.safetensors)."
 _OTHER_BASE = "Serve it with the base model that it was trained on."
 
 
@@ -102,7 +102,7 @@ def read_adapter(name: str, folder: Path, model: Any) -> Adapter:
         tensors, metadata = read_tensors((folder / weights).read_bytes(), weights)
         alpha = float(config["lora_alpha"])
     except (OSError, ValueError, KeyError, TypeError, TrainError) as error:
-        raise EngineError(f"{where} cannot be read: {error}.", next_step=_PUBLISH) from error
+        raise EngineError(f"{where} cannot be read: {error}.", next_step=PUBLISH) from error
     _check_kind(config, alpha, where)
     base, served = metadata.get("base"), digest_of(model)
     if base and served and base != served:
@@ -112,7 +112,7 @@ def read_adapter(name: str, folder: Path, model: Any) -> Adapter:
         )
     factors = _factors(tensors, config, slots(model), where)
     if not factors:
-        raise EngineError(f"{where} holds no tensors.", next_step=_PUBLISH)
+        raise EngineError(f"{where} holds no tensors.", next_step=PUBLISH)
     return Adapter(name, factors)
 
 
@@ -122,7 +122,7 @@ def _check_kind(config: dict[str, Any], alpha: float, where: str) -> None:
         what = ", ".join(refused) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
         raise EngineError(f"{where} is no plain LoRA: {what}.", next_step="Train it as plain LoRA.")
     if not math.isfinite(alpha):
-        raise EngineError(f"{where} has lora_alpha = {alpha}.", next_step=_PUBLISH)
+        raise EngineError(f"{where} has lora_alpha = {alpha}.", next_step=PUBLISH)
 
 
 def _factors(
@@ -134,7 +134,7 @@ def _factors(
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise EngineError(f"{where} has the unknown tensor {key!r}.", next_step=_PUBLISH)
+            raise EngineError(f"{where} has the unknown tensor {key!r}.", next_step=PUBLISH)
         changed = _slot_name(match["module"], match["nested"].count("."), parameters, there)
         if changed is None:
             raise EngineError(
@@ -142,7 +142,7 @@ def _factors(
                 next_step=_OTHER_BASE,
             )
         if not math.isfinite(float(tensor.sum(dtype=torch.float64))):
-            raise EngineError(f"{where} has values in {key!r} that are not finite.", next_step=_PUBLISH)
+            raise EngineError(f"{where} has values in {key!r} that are not finite.", next_step=PUBLISH)
         found.setdefault(changed, {})[match["factor"]] = tensor
     # PEFT lets a pattern of names override the general alpha.
     patterns: dict[str, float] = config.get("alpha_pattern") or {}
@@ -220,12 +220,8 @@ class Adapters:
         Raises:
             EngineError: another adapter has the name.
         """
-        held = self._known.setdefault(adapter.name, adapter)
-        if not _equal(held, adapter):
-            raise EngineError(
-                f"An adapter with other content is already loaded as {adapter.name!r}.",
-                next_step="Give every version of an adapter a name of its own.",
-            )
+        if not _equal(self._known.setdefault(adapter.name, adapter), adapter):
+            raise other_content(adapter.name)
 
     def remove(self, name: str) -> None:
         """Forget an adapter; harmless if it is not known. Not safe while the model computes."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from msgspec import to_builtins
 from msgspec.structs import replace
 
 from bascule.plugins.engine import Message, before_stop
 from bascule.runtime.engines.presets import Preset
+from bascule.schemas.errors import PromptError
 from bascule.schemas.trajectory import Output, Sampling, unpack_ids
 
 
@@ -69,3 +71,31 @@ class Form:
             text = self._preset.said(output.text)
         cut = before_stop(text, sampling.stop)
         return replace(output, text=text) if cut is None else replace(output, text=cut, finish_reason="stop")
+
+
+def encoded(
+    tokenizer: Any, prompt: tuple[Message, ...] | str, template: Mapping[str, Any], model: str
+) -> tuple[int, ...]:
+    """Token ids of a raw text, or of a chat with its generation prompt by the tokenizer's own template.
+
+    Args:
+        tokenizer: of transformers, or like one.
+        template: arguments for the chat template.
+        model: as messages call it.
+
+    Raises:
+        PromptError: there is no chat template, or it refuses the chat.
+    """
+    if isinstance(prompt, str):
+        return tuple(tokenizer.encode(prompt))
+    if not getattr(tokenizer, "chat_template", True):  # not every tokenizer of vLLM has the attribute
+        what = f"There is no chat template of {model}."
+        raise PromptError(what, next_step="Use completion calls, or an instruct model.")
+    try:
+        text = tokenizer.apply_chat_template(
+            list(to_builtins(prompt)), tokenize=False, add_generation_prompt=True, **template
+        )
+    except Exception as error:  # a template is code of the model's
+        what = f"The chat template of {model} refuses the prompt: {error}."
+        raise PromptError(what, next_step="Send the roles that the template takes, in its order.") from error
+    return tuple(tokenizer.encode(text, add_special_tokens=False))

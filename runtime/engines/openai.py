@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import msgspec
 
 from bascule.plugins.engine import Engine, EngineInfo, Sampled, SampleRequest, before_stop
+from bascule.plugins.models.endpoint import check_url
 from bascule.runtime.engines.presets import preset_of
 from bascule.runtime.engines.refusals import no_adapters, not_started, read_params
 from bascule.runtime.engines.remote import Calls, target_model
@@ -35,6 +36,7 @@ class Params(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         timeout_s: most seconds of one try.
         retries: tries after the first.
         many: whether the endpoint takes ``n`` > 1; otherwise each sample is a call.
+        temperature: whether it is sent: newer models of OpenAI's refuse any but 1, and without it sample at that.
     """
 
     url: str = "https://api.openai.com/v1"
@@ -44,6 +46,7 @@ class Params(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 300.0
     retries: Annotated[int, msgspec.Meta(ge=0, le=20)] = 4
     many: bool = True
+    temperature: bool = True
 
 
 class _Place(msgspec.Struct):
@@ -109,17 +112,18 @@ class OpenAIEngine:
     async def start(self) -> EngineInfo:
         if self.info is None:
             p = self.params
-            self._wire = Wire(p.url, key=read_key(p.key_env or None), timeout_s=p.timeout_s, retries=p.retries)
+            self._wire = Wire(p.url, key=read_key(p.key_env), timeout_s=p.timeout_s, retries=p.retries)
             self._calls = Calls(p.concurrency)
             first = await self._capabilities()
             self._ids = bool(first.prompt_ids and all(c.token_ids for c in first.choices))
             # Without the ids of the tokens nothing can be trained from their log-probabilities.
             self._logprobs = self._ids and all(c.logprobs and c.logprobs.values for c in first.choices)
+            counted = self._ids or (first.usage is not None and first.usage.prompt_tokens > 0)
             self.info = EngineInfo(
                 name="openai",
                 model=self.model_name,
                 model_digest="",
-                versions={"endpoint": p.url},
+                versions={"endpoint": p.url, **({} if counted else {"usage": "none"})},
                 token_ids=self._ids,
                 logprobs=self._logprobs,
                 seeds=False,
@@ -144,7 +148,9 @@ class OpenAIEngine:
             raise not_started()
         if request.adapter is not None:
             raise no_adapters("openai", request.adapter)
-        if self.params.many and request.sampling.temperature > 0:
+        # Some endpoints take no n > 1 where the answer is greedy.
+        greedy = self.params.temperature and request.sampling.temperature == 0
+        if self.params.many and not greedy:
             answers = [await self._calls.run(partial(self._ask, request, request.n, request.seed))]
         else:
             seeds = range(request.seed, request.seed + request.n)
@@ -166,8 +172,8 @@ class OpenAIEngine:
         sampling, chat = request.sampling, not isinstance(request.prompt, str)
         body: dict[str, Any] = {
             "n": n,
-            "temperature": sampling.temperature,
             "seed": seed % 2**31,
+            **({"temperature": sampling.temperature} if self.params.temperature else {}),
             # Of a model that thinks they are for the answer alone, and so looked for afterwards.
             **({"stop": list(sampling.stop)} if sampling.stop and not self._preset.thinking_ends else {}),
             **({"return_token_ids": True} if self._ids else {}),
@@ -227,6 +233,7 @@ def make(model: str, params: dict[str, Any]) -> Engine:
         ConfigError: a parameter is unknown or not usable, or no model is named.
     """
     checked = read_params("openai", params, Params)
+    check_url(checked.url, "The engine 'openai'", "url")
     asked = target_model("openai", params, model)
     if not asked:
         raise ConfigError("The engine 'openai' is told no model.", next_step="Set engine.params.model.")

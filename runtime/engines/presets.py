@@ -1,7 +1,8 @@
-"""What differs between model families: how a chat is rendered, what ends an answer, what of it is the answer.
+"""What differs between model families: how a chat is rendered, and what of an answer is the answer.
 
-One small table, which engines and the doctor read. A family is known by the model's name, or by ``model_type`` in its
-``config.json``; what is in no row is served by its own chat template as it is.
+One small table. The engines ``transformers`` and ``vllm`` render and read by it, ``openai`` only reads: there the
+endpoint renders. The doctor sees in it which package a family needs. A family is known by the model's name, or by
+``model_type`` in its ``config.json``; what is in no row is served by its own chat template as it is.
 """
 
 from __future__ import annotations
@@ -14,9 +15,6 @@ from typing import Any
 
 import msgspec
 
-#: What the attention and the feed-forward layers of a Llama-like model are called.
-LINEAR = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
-
 
 class Preset(msgspec.Struct, frozen=True, kw_only=True):
     """One family.
@@ -27,11 +25,7 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True):
         types: its ``model_type`` in ``config.json``.
         harmony: conversations have OpenAI's harmony format; rendered and parsed by ``openai-harmony``.
         template: arguments that its chat template takes, and their values where nobody says otherwise.
-        ends: tokens that end an answer, for people; engines read them from the model's files.
         thinking_ends: what separates thinking from the answer; all tokens are kept.
-        lora_target_modules: what adapters change where nothing is said.
-        lora_target_parameters: stacks of experts that they can change.
-        note: what a person should know.
     """
 
     family: str
@@ -39,11 +33,7 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True):
     types: tuple[str, ...] = ()
     harmony: bool = False
     template: dict[str, Any] = {}
-    ends: tuple[str, ...] = ()
     thinking_ends: str = ""
-    lora_target_modules: tuple[str, ...] = LINEAR
-    lora_target_parameters: tuple[str, ...] = ()
-    note: str = ""
 
     def said(self, text: str) -> str:
         """The answer in a text: what follows the thinking, where there was some; nothing where that did not end."""
@@ -61,28 +51,16 @@ PRESETS: tuple[Preset, ...] = (
         types=("gpt_oss",),
         harmony=True,
         template={"reasoning_effort": "low"},
-        ends=("<|return|>", "<|call|>"),
-        lora_target_modules=("k_proj", "o_proj", "q_proj", "v_proj"),
-        lora_target_parameters=("mlp.experts.down_proj", "mlp.experts.gate_up_proj"),
-        note="Channels: analysis is thought, final is the answer. Give max_tokens room for both.",
     ),
     Preset(
         family="Qwen3",
         names=r"qwen3(?!-(embedding|reranker))",
         types=("qwen3", "qwen3_moe"),
         template={"enable_thinking": False},
-        ends=("<|im_end|>", "<|endoftext|>"),
         thinking_ends="</think>",
-        note="engine.params.template.enable_thinking = true turns thinking on; give max_tokens room for it.",
-    ),
-    Preset(
-        family="SmolLM2",
-        names=r"smollm2",
-        ends=("<|im_end|>", "<|endoftext|>"),
-        note="Its template adds a system message of its own where a chat has none.",
     ),
 )
-PLAIN = Preset(family="", names=r"(?!)", note="Served by its own chat template.")
+PLAIN = Preset(family="", names=r"(?!)")
 
 
 def preset_of(model: str, folder: Path | None = None) -> Preset:

@@ -8,9 +8,11 @@ from typing import Any, TypeVar
 import msgspec
 
 from bascule.plugins.engine import SampleRequest
-from bascule.schemas.errors import ConfigError, EngineError, PromptError
+from bascule.schemas.errors import BasculeError, ConfigError, EngineError, PromptError
 
 T = TypeVar("T")
+#: What to do about an adapter whose files are not usable.
+PUBLISH = "Publish the adapter again in PEFT's layout (adapter_config.json, adapter_model.safetensors)."
 
 
 def read_params(engine: str, params: dict[str, Any], kind: type[T]) -> T:
@@ -28,6 +30,11 @@ def read_params(engine: str, params: dict[str, Any], kind: type[T]) -> T:
         ) from error
 
 
+def cannot_start(model: str, error: BasculeError) -> EngineError:
+    """Of a start that ``error`` ended."""
+    return EngineError(f"The engine cannot start with {model!r}: {error.message}", next_step=error.next_step)
+
+
 def not_started() -> EngineError:
     """Of a call before ``start``."""
     return EngineError("The engine is not started.", next_step="Await start() first.")
@@ -43,6 +50,14 @@ def no_adapters(engine: str, name: str) -> EngineError:
     return EngineError(
         f"The engine {engine!r} takes no adapters, and {name!r} is one.",
         next_step="Leave the weights out of --levers, or use the engine 'transformers' or 'vllm'.",
+    )
+
+
+def other_content(name: str) -> EngineError:
+    """Of an adapter whose name another one has."""
+    return EngineError(
+        f"An adapter with other content is already loaded as {name!r}.",
+        next_step="Give every version of an adapter a name of its own.",
     )
 
 

@@ -15,13 +15,23 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import msgspec
 
 from bascule.plugins.engine import Engine, EngineInfo, Message, Sampled, SampleRequest
-from bascule.runtime.engines.refusals import caller, check_size, closed, not_loaded, not_started, read_params
-from bascule.schemas.errors import BasculeError, EngineError, PromptError
+from bascule.runtime.engines.form import Form, encoded
+from bascule.runtime.engines.presets import preset_of
+from bascule.runtime.engines.refusals import (
+    caller,
+    cannot_start,
+    check_size,
+    closed,
+    not_loaded,
+    not_started,
+    read_params,
+)
+from bascule.schemas.errors import BasculeError, EngineError
 from bascule.schemas.trajectory import Output
 from bascule.trainers.base_model import DEFAULT_MODEL
 
@@ -29,6 +39,8 @@ if TYPE_CHECKING:
     from bascule.runtime.engines.generate import Answer, Row
 
 T = TypeVar("T")
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Whole = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Params(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,16 +53,18 @@ class Params(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         kv_mib: most MiB of keys and values of samples that decode at a time.
         prefix_tokens: tokens of shared prefixes that are kept for later calls.
         merged_adapters: adapters whose merged weights are kept.
-        threads: threads of torch; None leaves its own choice.
+        threads: threads of torch; None or 0 leaves its own choice.
+        template: further arguments of the chat template, such as ``enable_thinking``.
     """
 
-    gather_ms: float = 15.0
-    rows: int = 256
-    tokens: int = 1024
-    kv_mib: int = 384
-    prefix_tokens: int = 2048
-    merged_adapters: int = 2
-    threads: int | None = None
+    gather_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 15.0
+    rows: Count = 256
+    tokens: Count = 1024
+    kv_mib: Count = 384
+    prefix_tokens: Whole = 2048
+    merged_adapters: Count = 2
+    threads: Whole | None = None
+    template: dict[str, Any] = {}
 
 
 @dataclass(eq=False)
@@ -67,7 +81,7 @@ def make(model: str, params: dict[str, Any]) -> Engine:
     """An engine for a model name or folder; see :class:`Params`.
 
     Raises:
-        ConfigError: a parameter is unknown or of a wrong type.
+        ConfigError: a parameter is unknown, of a wrong type or out of range.
     """
     return TransformersEngine(model or DEFAULT_MODEL, read_params("transformers", params, Params))
 
@@ -101,9 +115,7 @@ class TransformersEngine:
             except BaseException as error:
                 self._jobs.put(None)
                 if isinstance(error, BasculeError):
-                    raise EngineError(
-                        f"The engine cannot start with {self.model_name!r}: {error.message}", next_step=error.next_step
-                    ) from error
+                    raise cannot_start(self.model_name, error) from error
                 raise
             self._text = ThreadPoolExecutor(1, thread_name_prefix="bascule-engine-text")
         return self.info
@@ -125,21 +137,10 @@ class TransformersEngine:
         """Token ids of a raw completion's text, or of a chat with its generation prompt.
 
         Raises:
-            EngineError: the engine is not started, or a chat is asked of a model without a chat template.
+            EngineError: the engine is not started, or the model's chat template is not there or refuses the chat.
         """
         self._started()
-        if isinstance(prompt, str):
-            return tuple(self._tokenizer.encode(prompt))
-        if not self._tokenizer.chat_template:
-            what = f"The model {self.model_name!r} has no chat template."
-            raise PromptError(what, next_step="Use completion calls, or an instruct model.")
-        messages = [{"role": m.role, "content": m.content} for m in prompt]
-        try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is code of the model's
-            what = f"The chat template of {self.model_name!r} refuses the prompt: {error}."
-            raise PromptError(what, next_step="Send the roles that the template takes, in its order.") from error
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        return encoded(self._tokenizer, prompt, self._form.template, repr(self.model_name))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""
@@ -178,18 +179,19 @@ class TransformersEngine:
         if request.adapter is not None and request.adapter not in self._adapters:
             raise not_loaded(caller(request), request.adapter, self._adapters.names())
         check_size(request, prompt, self._context)
-        greedy = request.sampling.temperature == 0
-        rows = tuple(
-            Row(prompt, request.sampling, 0 if greedy else request.seed, 0 if greedy else i) for i in range(request.n)
-        )
+        sampling, _ = self._form.asked(request.sampling)
+        greedy = sampling.temperature == 0
+        rows = tuple(Row(prompt, sampling, 0 if greedy else request.seed, 0 if greedy else i) for i in range(request.n))
         call = _Call(request, rows, loop.create_future())
         for i, row in enumerate(rows):
             self._asked.setdefault((request.adapter, row), []).append((call, i))
         self._jobs.put(partial(self._generator.submit, request.adapter, rows))
         try:
-            return await call.future
+            sampled = await call.future
         finally:
             self._withdraw(call)
+        outputs = tuple(self._form.read(output, request.sampling) for output in sampled.outputs)
+        return msgspec.structs.replace(sampled, outputs=outputs)
 
     async def score(self, adapter: str | None, ids: Sequence[int]) -> tuple[tuple[float, ...], ...]:
         """See :class:`bascule.plugins.engine.Scoring`."""
@@ -295,6 +297,13 @@ class TransformersEngine:
         if self.params.threads:
             torch.set_num_threads(self.params.threads)
         folder = base_model.resolve_model(self.model_name)
+        preset = preset_of(self.model_name, folder)
+        if preset.harmony:
+            raise EngineError(
+                f"{preset.family} answers in the harmony format and has attention that this engine does not compute.",
+                next_step="Use the engine 'vllm'.",
+            )
+        self._form = Form(preset, self.params.template)
         model = base_model.load_model(folder)
         self._tokenizer = tokenizer = base_model.load_tokenizer(folder)
         self._context = int(model.config.max_position_embeddings)

@@ -22,11 +22,20 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 
 from bascule.plugins.engine import Engine, EngineInfo, Message, Sampled, SampleRequest
+from bascule.plugins.models.endpoint import check_url
 from bascule.runtime.engines.adapter_files import AdapterFiles, adapter_rank
 from bascule.runtime.engines.form import Form
 from bascule.runtime.engines.phases import Phases
 from bascule.runtime.engines.presets import preset_of
-from bascule.runtime.engines.refusals import caller, check_size, not_loaded, not_started, read_params
+from bascule.runtime.engines.refusals import (
+    caller,
+    cannot_start,
+    check_size,
+    not_loaded,
+    not_started,
+    other_content,
+    read_params,
+)
 from bascule.runtime.engines.remote import Calls
 from bascule.runtime.engines.replica import HttpReplica, Ids, Replica, Served
 from bascule.runtime.engines.vllm_server import ServerProcess, find_python, start_server
@@ -61,7 +70,8 @@ class Params(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         max_model_len: most tokens of a prompt and its answer; by default the model's own.
         eager: whether compilation and CUDA graphs are left out: a faster start and slower answers.
         adapters: whether a server that is started takes LoRA adapters.
-        max_lora_rank: of an adapter.
+        max_lora_rank: of an adapter; vLLM gets the next one above that it takes. A run gives the highest that its
+            algorithms have.
         max_loras: adapters that compute in one batch: the one that is served, and the one before it.
         mixed: whether the base model and adapters may compute in one batch. vLLM's CPU build (0.32) gives rows without
             an adapter the weights of one there, and nothing shows it, so that they take turns by default.
@@ -85,7 +95,7 @@ class Params(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_model_len: Annotated[int, msgspec.Meta(ge=1)] | None = None
     eager: bool = False
     adapters: bool = True
-    max_lora_rank: int = 32
+    max_lora_rank: Annotated[int, msgspec.Meta(ge=1, le=RANKS[-1])] = 32
     max_loras: Annotated[int, msgspec.Meta(ge=2, le=1024)] = 2
     mixed: bool = False
     template: dict[str, Any] = {}
@@ -101,16 +111,14 @@ def make(model: str, params: dict[str, Any]) -> Engine:
         ConfigError: a parameter is unknown or not usable.
     """
     checked = read_params("vllm", params, Params)
-    if checked.max_lora_rank not in RANKS:
-        raise ConfigError(
-            f"max_lora_rank is {checked.max_lora_rank}, which vLLM does not take.",
-            next_step=f"It takes {', '.join(map(str, RANKS))}; choose the next above lora_r.",
-        )
     if (checked.url or checked.urls) and checked.mode == "inside":
         raise ConfigError(
             "The engine 'vllm' is told to run inside and to use a server.", next_step="Leave mode or url out."
         )
-    return VllmEngine(model, checked)
+    for url in (*checked.urls, *filter(None, [checked.url])):
+        check_url(url, "The engine 'vllm'", "url")
+    rank = next(rank for rank in RANKS if rank >= checked.max_lora_rank)
+    return VllmEngine(model, msgspec.structs.replace(checked, max_lora_rank=rank))
 
 
 class VllmEngine:
@@ -148,9 +156,7 @@ class VllmEngine:
             except BaseException as error:
                 await self._release()
                 if isinstance(error, BasculeError):
-                    raise EngineError(
-                        f"The engine cannot start with {self.model_name!r}: {error.message}", next_step=error.next_step
-                    ) from error
+                    raise cannot_start(self.model_name, error) from error
                 raise
         return self.info
 
@@ -175,10 +181,7 @@ class VllmEngine:
                     self._leaving.discard(name)
                     return
                 await asyncio.to_thread(self._files.forget, path)
-                raise EngineError(
-                    f"An adapter with other content is already loaded as {name!r}.",
-                    next_step="Give every version of an adapter a name of its own.",
-                )
+                raise other_content(name)
             took: list[Replica] = []
             try:
                 self._check_rank(name, path)
@@ -281,7 +284,7 @@ class VllmEngine:
         if self._server is not None and rank > self.params.max_lora_rank:
             raise EngineError(
                 f"The adapter {name!r} has rank {rank}; the server takes up to {self.params.max_lora_rank}.",
-                next_step="Set engine.params.max_lora_rank to at least lora_r.",
+                next_step=f"Start a run with an engine.max_lora_rank of {rank} or more.",
             )
 
     async def _load_on(self, replica: Replica, name: str, folder: str, took: list[Replica]) -> None:

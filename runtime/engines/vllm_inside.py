@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from bascule.plugins.engine import Message
 from bascule.plugins.extras import install_command
-from bascule.runtime.engines.replica import WHOLE, Ids, Served, plain
-from bascule.schemas.errors import EngineError, PromptError
+from bascule.runtime.engines.form import encoded
+from bascule.runtime.engines.replica import WHOLE, Ids, Served
+from bascule.schemas.errors import EngineError
 from bascule.schemas.trajectory import Output, Sampling, pack_floats, pack_ids
 
 if TYPE_CHECKING:
@@ -45,18 +46,7 @@ class InsideReplica:
         return Served(_BASE, self._context, adapters, __version__)
 
     async def encode(self, prompt: tuple[Message, ...] | str, template: Mapping[str, Any]) -> Ids:
-        if isinstance(prompt, str):
-            return tuple(self._tokenizer.encode(prompt))
-        try:
-            text = self._tokenizer.apply_chat_template(
-                plain(prompt), tokenize=False, add_generation_prompt=True, **template
-            )
-        except Exception as error:  # a template is code of the model's
-            raise PromptError(
-                f"The chat template of the served model refuses the prompt: {error}.",
-                next_step="Send the roles that the template takes, in its order.",
-            ) from error
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        return encoded(self._tokenizer, prompt, template, "the served model")
 
     async def complete(
         self, model: str, prompt: Ids, n: int, sampling: Sampling, seed: int, ends: Ids = ()

@@ -6,6 +6,7 @@ the environment variable that a parameter names, and stands in no message.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -28,12 +29,12 @@ class Unreachable(EngineError):
 
 
 def read_key(key_env: str | None) -> str | None:
-    """The key in the environment variable ``key_env``; None where none is named.
+    """The key in the environment variable ``key_env``; None where none is named, or the empty one.
 
     Raises:
         ConfigError: the variable is not set, or holds what no header takes.
     """
-    if key_env is None:
+    if not key_env:
         return None
     fault = key_fault(key_env)
     if fault is not None:
@@ -87,7 +88,7 @@ class Wire:
         return await self._ask("GET", path, None, retry=retry)
 
     async def post(self, path: str, body: Mapping[str, Any], *, retry: bool = True) -> Any:
-        """What the server answers to a JSON body: JSON, or text where it is none.
+        """What the server answers to a JSON body: JSON, or text where the answer is not said to be JSON.
 
         The path stands after the root; a whole URL of the server's is taken as it is. Cancelling the call closes its
         connection, which ends the work on a server that watches it.
@@ -95,7 +96,8 @@ class Wire:
         Raises:
             PromptError: the prompt is refused as too long.
             Unreachable: nothing answers there, or not in time.
-            EngineError: any other refusal or failure; in the server's words, save for one of the key.
+            EngineError: any other refusal or failure, in the server's words, save for one of the key; or what is said
+                to be JSON is none.
         """
         return await self._ask("POST", path, body, retry=retry)
 
@@ -123,6 +125,11 @@ class Wire:
         except openai.APIStatusError as error:
             words = self._without_key(_message(error.response.text))
             raise refused(url, error.status_code, words) from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise EngineError(
+                f"{url} does not answer in JSON, although it says so: {error}.",
+                next_step="Look at what stands between here and the server, or correct engine.params.url.",
+            ) from error
 
     def _without_key(self, said: str) -> str:
         return said.replace(self._key, "[key]") if self._key else said
@@ -145,10 +152,8 @@ def refused(url: str, status: int, said: str) -> EngineError:
     if status == 404:
         return EngineError(what, next_step="Correct engine.params.url or the model's name, or load what is missing.")
     if status == 429:
-        return EngineError(
-            what, next_step="Wait until the endpoint's limit allows more, then `bascule resume` the run."
-        )
-    return EngineError(what, next_step="Look at the server's log, then `bascule resume` the run.")
+        return EngineError(what, next_step="Wait until the endpoint's limit allows more, then `bascule resume RUN`.")
+    return EngineError(what, next_step="Look at the server's log, then `bascule resume RUN`.")
 
 
 def _message(said: str) -> str:

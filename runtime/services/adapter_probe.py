@@ -93,7 +93,7 @@ def compare(
                 f"The adapter {name!r} is not served as it was trained{which}: log-probabilities of {len(own)} tokens "
                 f"are up to {off:.2g} off, where rounding in {dtype} allows {bound:g}{like}.",
                 next_step="Restart the engine and see that it serves the base model that was trained; then "
-                "`bascule resume` the run. No episode ran with it.",
+                "`bascule resume RUN`. No episode ran with it.",
             )
     return ServedProbe(
         tokens=len(own), largest=largest, bound=bound, from_base=_largest(base, own), dtype=dtype, replicas=len(scores)

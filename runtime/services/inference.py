@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bascule.plugins.engine import CAPABILITIES, Engine, EngineInfo, Sampled, SampleRequest, Scoring
 from bascule.runtime.services.adapter_probe import NotServed, probe_served
+from bascule.runtime.spending import paid_target
 from bascule.schemas.errors import ConfigError, EngineError
 from bascule.schemas.events import AdapterProbe, ServedProbe
 from bascule.schemas.run import PluginChoice, RunConfig
@@ -33,10 +34,18 @@ def engine_params(config: RunConfig, choice: PluginChoice) -> dict[str, Any]:
 
 
 def _placed(view: View, choice: PluginChoice, params: dict[str, Any]) -> dict[str, Any]:
-    """An engine's parameters with the folder of the run's home where it may keep adapters and a log."""
-    if choice.name != "vllm" or "folder" in params:
+    """An engine's parameters with the folder of the run's home where it may keep adapters and a log, and their rank."""
+    if choice.name != "vllm":
         return params
-    return {"folder": str(view.home.absolute() / "engines" / view.run), **params}
+    from bascule.runtime.engines.vllm import RANKS, Params
+
+    ranks = (a.params.get("lora_r") for a in view.world.algorithms)
+    rank = max((r for r in ranks if isinstance(r, int)), default=0)
+    usual = {
+        "folder": str(view.home.absolute() / "engines" / view.run),
+        "max_lora_rank": min(max(rank, Params().max_lora_rank), RANKS[-1]),
+    }
+    return {**usual, **params}
 
 
 def served_name(run: str, adapter: str) -> str:
@@ -81,11 +90,31 @@ def check_trainable(world: World, lacking: Collection[str]) -> None:
         )
 
 
+def check_counted(config: RunConfig, info: EngineInfo) -> None:
+    """Refuse a budget that counts tokens where nobody tells how many there are: it would never be reached.
+
+    Raises:
+        EngineError: the budget is in tokens, or in dollars that they cost.
+    """
+    price = config.prices.get(paid_target(config) or "")
+    costly = price is not None and max(price.input, price.output) > 0
+    budgets = (config.budget, *config.budget.levers.values())
+    bounded = any(b.tokens is not None or (b.dollars is not None and costly) for b in budgets)
+    if bounded and info.versions.get("usage") == "none":
+        raise EngineError(
+            f"The budget counts tokens, and the endpoint of the engine {info.name!r} tells neither how many there are "
+            "nor which.",
+            next_step="Have the endpoint report usage, then `bascule resume RUN`; or start one whose budget is in "
+            "rollouts, seconds or generations.",
+        )
+
+
 async def start_engine(view: View, engine: Engine, choice: PluginChoice) -> EngineInfo:
     """Start an engine.
 
     Raises:
-        EngineError: it does not start, or its model is another one than the run started with.
+        EngineError: it does not start, its model is another one than the run started with, or the budget counts tokens
+            that it does not.
         ConfigError: the run is to train, and the engine gives nothing to train from.
     """
     config, started = view.world.config, view.state.started
@@ -95,6 +124,8 @@ async def start_engine(view: View, engine: Engine, choice: PluginChoice) -> Engi
         raise EngineError(error.message, next_step=error.next_step) from error
     if choice == config.engine and choice.name not in _STAND_INS:
         check_trainable(view.world, [name for name in CAPABILITIES if not getattr(info, name)])
+    if choice == config.engine:
+        check_counted(config, info)
     if choice == config.engine and started is not None and info.model_digest not in ("", started.model_digest):
         raise EngineError(
             f"The model {config.model!r} is not the one that {view.run} started with "

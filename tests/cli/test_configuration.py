@@ -34,6 +34,12 @@ def checked(model: Path, **values: Any) -> RunStarted:
     return configuration.preflight(configuration.configure(given, [], plugins()), plugins())
 
 
+def test_parameters_of_a_task_that_nobody_names_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'regression': 3.* does not name a task") as caught:
+        configuration.configure({}, [], plugins(), {"task": {"params": {"regression": 3}}})
+    assert "task.name" in str(caught.value)
+
+
 def test_a_run_whose_base_model_can_be_trained_as_asked_is_pinned_to_it(model: Path) -> None:
     algorithms = {"grpo": {"lora_target_modules": ["q_proj", "up_proj"]}}
     assert checked(model, algorithms=algorithms).model_digest

@@ -23,7 +23,7 @@ START, END, MESSAGE, CHANNEL, RETURN = 200006, 200007, 200008, 200005, 200002
         ("openai/gpt-oss-120b", "gpt-oss"),
         ("/models/gpt-oss-20b", "gpt-oss"),
         ("Qwen/Qwen3-4B", "Qwen3"),
-        ("smollm2-135m-instruct", "SmolLM2"),
+        ("smollm2-135m-instruct", ""),
         ("Qwen/Qwen2.5-7B", ""),
         ("Qwen/Qwen3-Embedding-0.6B", ""),
     ],

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +20,12 @@ from bascule.plugins.loader import plugins
 from bascule.runtime.cli.configuration import configure, preflight
 from bascule.runtime.doctor.endpoints import wanted
 from bascule.runtime.engines import anthropic, openai
+from bascule.runtime.engines.wire import read_key
+from bascule.runtime.services.inference import start_engine
 from bascule.runtime.services.rollout import tokens_of
 from bascule.runtime.spending import paid_target
 from bascule.schemas.errors import ConfigError, EngineError, PromptError
-from bascule.schemas.run import PluginChoice, RunConfig
+from bascule.schemas.run import PluginChoice, RunConfig, parse_config
 from bascule.schemas.trajectory import ModelCall, Sampling, Trajectory, unpack_floats, unpack_ids
 from tests.models.server import KEY, Fault, Script, Server, completion, in_turn, message, serving, text
 
@@ -71,6 +74,7 @@ async def test_a_model_behind_the_messages_api_answers_and_its_tokens_are_counte
     assert (sent["max_tokens"], sent["stop_sequences"]) == (9, [" Done"])
     assert "Be short." in str(sent["system"])
     assert "temperature" not in sent
+    assert "cache_control" not in str(sent)
     call = ModelCall(
         kind="chat", asked="", prompt_ids=b"", outputs=sampled.outputs, sampling=asked.sampling, usage=sampled.usage
     )
@@ -105,6 +109,17 @@ async def test_the_model_that_a_run_names_is_asked_looked_for_and_paid(
         await engine.close()
     assert [sent["model"] for sent in server.requests] == [asked] * len(server.requests)
     assert [one.model for one in wanted(config)] == [info.model] == [paid_target(config)] == [asked]
+
+
+@pytest.mark.parametrize("path", ["", "/v1", "/v1/"])
+async def test_the_doctor_asks_where_the_engine_does(path: str) -> None:
+    with serving(in_turn(Fault(404))) as server:
+        params = {"url": f"{server.url}{path}", "key_env": "ENDPOINT_KEY", "model": "m"}
+        (one,) = wanted(RunConfig(task=PluginChoice(name="arith"), engine=PluginChoice(name="openai", params=params)))
+        engine = openai.make("local", params)
+        with pytest.raises(EngineError, match=f"{one.url}/chat/completions answered 404"):
+            await engine.start()
+        await engine.close()
 
 
 async def test_failures_of_the_messages_api_are_engine_errors_without_the_key() -> None:
@@ -222,6 +237,74 @@ async def test_an_endpoint_without_ids_declares_none_and_many_samples_are_one_ca
         await single.close()
 
 
+async def test_a_model_that_refuses_temperatures_is_sent_none_and_a_greedy_group_is_one_call() -> None:
+    def script(asked: dict[str, Any], number: int) -> dict[str, Any] | Fault:
+        return Fault(400, "Only the default (1) is supported.") if "temperature" in asked else echo(asked, number)
+
+    with serving(script) as server:
+        engine = compatible(server, temperature=False)
+        await engine.start()
+        before = len(server.requests)
+        for heat in (0, 0.7):
+            assert len((await engine.sample(request(n=3, temperature=heat))).outputs) == 3
+        assert [r["n"] for r in server.requests[before:]] == [3, 3]
+        await engine.close()
+
+
+@pytest.mark.parametrize("said", [b"<html>Sign in</html>", b"", b"\xff{"])
+async def test_an_answer_that_is_said_to_be_json_and_is_none_is_an_engine_error(said: bytes) -> None:
+    with serving(in_turn(completion("yes"), Fault(200, raw=said))) as server:
+        engine = compatible(server)
+        await engine.start()
+        with pytest.raises(EngineError, match="does not answer in JSON") as caught:
+            await engine.sample(request())
+        assert caught.value.next_step
+        await engine.close()
+
+
+def test_an_empty_name_of_a_variable_means_no_key() -> None:
+    assert read_key("") is read_key(None) is None
+    assert read_key("ENDPOINT_KEY") == KEY
+
+
+PRICED = {"prices": {"m": {"input": 1, "output": 2}}, "machine": {"gpu_hour": 0, "cpu_hour": 0}}
+FREE = {**PRICED, "prices": {"m": {"input": 0, "output": 0}}}
+
+
+@pytest.mark.parametrize(
+    ("usage", "bounds", "held"),
+    [
+        (False, {"budget": {"tokens": 1000}}, False),
+        (False, {"budget": {"levers": {"harness": {"tokens": 1000}}}}, False),
+        (False, {"budget": {"dollars": 1}, **PRICED}, False),
+        (False, {"budget": {"dollars": 1}, **FREE}, True),
+        (False, {"budget": {"rollouts": 9}}, True),
+        (True, {"budget": {"tokens": 1000}}, True),
+    ],
+)
+async def test_a_budget_of_tokens_is_refused_at_the_start_where_the_endpoint_counts_none(
+    usage: bool, bounds: dict[str, Any], held: bool
+) -> None:
+    answer = completion("yes")
+    if not usage:
+        del answer["usage"]
+    with serving(lambda *_: answer) as server:
+        engine = compatible(server)
+        given = {"task": {"name": "arith"}, "engine": {"name": "openai", "params": {"model": "m"}}}
+        config = parse_config({**given, "levers": ["harness"], **bounds})
+        view: Any = SimpleNamespace(
+            world=SimpleNamespace(config=config),
+            state=SimpleNamespace(started=None),
+            logger=SimpleNamespace(info=lambda *_, **__: None),
+        )
+        if held:
+            await start_engine(view, engine, config.engine)
+        else:
+            with pytest.raises(EngineError, match=r"budget counts tokens, and .*tells neither"):
+                await start_engine(view, engine, config.engine)
+        await engine.close()
+
+
 async def test_stop_strings_of_a_model_that_thinks_are_for_its_answer() -> None:
     with serving(lambda *_: completion("<think>\n12 and\n13\n</think>\n\n25\nDone")) as server:
         engine = compatible(server, model="Qwen3-8B")
@@ -326,6 +409,23 @@ def test_a_run_that_is_to_train_is_refused_before_it_starts(name: str) -> None:
         preflight(configure({**given, "levers": ["harness", "weights"]}, [], plugins()), plugins())
     assert "--levers harness" in str(caught.value)
     assert preflight(configure({**given, "levers": ["harness"]}, [], plugins()), plugins())
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("openai", {"url": "http://127.0.0.1:80o0"}),
+        ("openai", {"url": ""}),
+        ("anthropic", {"base_url": "http://[::1"}),
+        ("vllm", {"url": "localhost:8000"}),
+        ("vllm", {"urls": ["http://127.0.0.1:8000", "http://me:hunter2@127.0.0.1:8001"]}),
+    ],
+)
+def test_a_run_whose_engine_could_ask_nobody_is_refused_before_it_starts(name: str, params: dict[str, Any]) -> None:
+    given = {"task": {"name": "arith"}, "engine": {"name": name, "params": params}, "levers": ["harness"]}
+    with pytest.raises(ConfigError, match=f"The engine '{name}' has the (base_)?url") as caught:
+        preflight(configure(given, [], plugins()), plugins())
+    assert "hunter2" not in str(caught.value)
 
 
 def test_the_guide_to_plugins_names_every_engine_that_is_built_in() -> None:

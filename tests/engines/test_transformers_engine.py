@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ from bascule.schemas.trajectory import Output, Sampling, unpack_floats, unpack_i
 from bascule.trainers.base_model import load_model, load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests.tiny_model import make_tiny_adapter, make_tiny_model
+from tests.tiny_model import CHAT, make_tiny_adapter, make_tiny_model
 
 PREFIX = "A bascule is a balance with two arms.\n"
 PROMPTS = [PREFIX + f"{i} + {i * 7} is{' ' * (i % 3)}" for i in range(9)] + ["Zwölf", "What is 12 + 13? The answer"]
@@ -308,6 +309,58 @@ async def test_chat_prompts_follow_the_template(engine: TransformersEngine, base
     ids = engine.encode((Message("user", "12 + 13?"),))
     text = load_tokenizer(base).decode(list(ids))
     assert text == "<|im_start|>user\n12 + 13?<|im_end|>\n<|im_start|>assistant\n"
+
+
+async def test_a_family_that_thinks_is_asked_as_its_preset_says_and_read_without_its_thoughts(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(base, tmp_path / "Qwen3-tiny")
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = "{% if enable_thinking is not defined or enable_thinking %}think: {% endif %}" + CHAT
+    tokenizer.save_pretrained(folder)
+    told = "<|im_start|>user\n12 + 13?<|im_end|>\n<|im_start|>assistant\n"
+    said = "<think>\n12 and\n13\n</think>\n\n25\nDone"
+    for template, asked in (({}, told), ({"enable_thinking": True}, f"think: {told}")):
+        engine = make(str(folder), {"threads": 1, "template": template})
+        assert isinstance(engine, TransformersEngine)
+        await engine.start()
+        assert engine.decode(engine.encode((Message("user", "12 + 13?"),))) == asked
+        monkeypatch.setattr(engine._generator, "_decode", lambda ids: said[: 4 * len(ids)])
+        ((output,),) = await ask(engine, request("12 + 13?", temperature=0, stop=("\n",)))
+        assert (output.text, output.finish_reason) == ("25", "stop")
+        assert len(unpack_ids(output.token_ids)) == 12
+        ((cut,),) = await ask(engine, request("12 + 13?", temperature=0, max_tokens=4))
+        assert cut.text == ""
+        await engine.close()
+
+
+async def test_a_model_of_the_harmony_form_is_refused_before_it_is_loaded(base: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(base, tmp_path / "mine")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt_oss"}))
+    with pytest.raises(EngineError, match=r"cannot start with .*gpt-oss answers in the harmony format") as caught:
+        await make(str(folder), {}).start()
+    assert "vllm" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"gather_ms": -1},
+        {"gather_ms": float("inf")},
+        {"rows": 0},
+        {"tokens": 0},
+        {"kv_mib": 0},
+        {"prefix_tokens": -1},
+        {"merged_adapters": 0},
+        {"threads": -1},
+    ],
+)
+def test_limits_that_nothing_could_be_computed_within_are_refused(params: dict[str, Any]) -> None:
+    (name,) = params
+    with pytest.raises(ConfigError, match=name):
+        make("x", params)
+    assert make("x", {"gather_ms": 0, "prefix_tokens": 0, "threads": 0})
 
 
 async def test_start_says_what_runs_and_what_is_wrong(engine: TransformersEngine, tmp_path: Path) -> None:

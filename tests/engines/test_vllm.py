@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,16 +17,21 @@ pytest.importorskip("openai")
 
 import torch
 
-from bascule.plugins.engine import SampleRequest
+from bascule.plugins.engine import Message, SampleRequest
 from bascule.plugins.kit_engine import Conditions, check_engine
+from bascule.plugins.loader import plugins
+from bascule.runtime.cli.configuration import check_choices, configure
 from bascule.runtime.engines import vllm
 from bascule.runtime.engines.transformers import TransformersEngine
 from bascule.runtime.engines.transformers import make as embedded
+from bascule.runtime.engines.vllm_inside import InsideReplica
 from bascule.runtime.engines.vllm_server import find_python
 from bascule.runtime.services.adapter_probe import NotServed, probe_served
+from bascule.runtime.services.inference import made_engine
+from bascule.runtime.world import World
 from bascule.schemas.errors import ConfigError, EngineError, PromptError
 from bascule.schemas.trajectory import Sampling, unpack_floats, unpack_ids
-from bascule.trainers.base_model import load_model
+from bascule.trainers.base_model import load_model, load_tokenizer
 from bascule.trainers.probe import probe_files, probe_ids
 from tests.engines.served import oracle_of, write_versions
 from tests.engines.vllm_protocol import KEY, Refusal, VllmProtocol
@@ -311,7 +317,7 @@ def _runs(pid: int) -> bool:
     ("params", "words"),
     [
         ({"typo": 1}, "typo"),
-        ({"max_lora_rank": 24}, "max_lora_rank is 24"),
+        ({"max_lora_rank": 513}, "max_lora_rank"),
         ({"mode": "inside", "url": "http://127.0.0.1:1"}, "inside"),
     ],
 )
@@ -319,6 +325,57 @@ def test_parameters_that_cannot_be_are_refused(params: dict[str, Any], words: st
     with pytest.raises(ConfigError, match=words) as caught:
         vllm.make("x", params)
     assert caught.value.next_step
+
+
+def world(*settings: str) -> World:
+    given = {"task": {"name": "arith"}, "engine": {"name": "vllm"}}
+    return World(plugins(), configure(given, settings, plugins()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "rank"),
+    [
+        ((), 32),
+        (("algorithms.grpo.lora_r=48",), 64),
+        (("algorithms.grpo.lora_r=48", "engine.max_lora_rank=128"), 128),
+    ],
+)
+def test_a_server_that_a_run_starts_takes_the_rank_of_its_adapters(
+    settings: tuple[str, ...], rank: int, tmp_path: Path
+) -> None:
+    asked = world(*settings)
+    check_choices(asked)
+    view: Any = SimpleNamespace(
+        world=asked, plugins=plugins(), home=tmp_path, run="r", logger=SimpleNamespace(info=print)
+    )
+    engine = made_engine(view, asked.config.engine)
+    assert isinstance(engine, vllm.VllmEngine)
+    assert engine.params.max_lora_rank == rank
+
+
+def test_a_rank_that_a_server_of_the_run_would_not_take_is_refused_before_it_starts() -> None:
+    with pytest.raises(ConfigError, match="grpo trains adapters of rank 64, and 'vllm' is to take up to 32"):
+        check_choices(world("algorithms.grpo.lora_r=64", "engine.max_lora_rank=32"))
+    with pytest.raises(ConfigError, match="grpo trains adapters of rank 1024, and 'vllm' is to take up to 512"):
+        check_choices(world("algorithms.grpo.lora_r=1024"))
+    others = ("algorithms.grpo.lora_r=64", "engine.max_lora_rank=32")
+    check_choices(world(*others, "policy.algorithm=dpo"))
+    check_choices(world(*others, 'levers=["harness"]'))
+    check_choices(world(*others, "engine.url=http://127.0.0.1:1"))
+
+
+async def test_inside_a_chat_is_tokenised_as_the_embedded_engine_does(base: Path, behind: TransformersEngine) -> None:
+    tokenizer = load_tokenizer(base)
+    inside = InsideReplica(None, tokenizer, 256, adapters=False)
+    chat = (Message("system", "Be short."), Message("user", "12 + 13?"))
+    assert await inside.encode(chat, {}) == behind.encode(chat)
+    assert await inside.encode("12 + 13 =", {}) == behind.encode("12 + 13 =")
+    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    with pytest.raises(PromptError, match="of the served model refuses the prompt: no such role"):
+        await inside.encode(chat, {})
+    tokenizer.chat_template = None
+    with pytest.raises(PromptError, match="no chat template of the served model"):
+        await inside.encode(chat, {})
 
 
 def test_where_vllm_is_looked_for_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from bascule.plugins.models import attempts
 from bascule.plugins.models.anthropic import cached
-from bascule.plugins.models.endpoint import Endpoint, TooLong, ask, check_endpoint, check_ready
+from bascule.plugins.models.endpoint import Endpoint, TooLong, ask, check_endpoint, check_ready, check_url
 from bascule.plugins.models.messages import NO_JSON, call_of, tool
 from bascule.plugins.models.openai import translated
 from bascule.plugins.policy import Performed
@@ -304,8 +304,9 @@ async def test_any_other_bad_request_is_told() -> None:
 
 
 def test_without_a_key_the_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ModelError, match="ANTHROPIC_API_KEY is not set"):
+    with pytest.raises(ModelError, match="ANTHROPIC_API_KEY is not set") as caught:
         check_ready(Endpoint())
+    assert "feedback" not in str(caught.value)  # an engine's model is asked by another service
     check_ready(Endpoint(provider="openai", model="m", base_url="http://127.0.0.1:1", key_env=""))
 
 
@@ -313,13 +314,54 @@ def test_without_a_key_the_variable_is_named(monkeypatch: pytest.MonkeyPatch) ->
     ("params", "said"),
     [
         ({"provider": "openai"}, "for no model"),
-        ({"base_url": "ftp://x"}, "base_url"),
+        ({"base_url": "ftp://x"}, "The policy claude has the base_url 'ftp://x'"),
         ({"base_url": "https://me:secret@x"}, "password"),
     ],
 )
 def test_parameters_that_no_call_could_be_made_with_are_refused(params: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         check_endpoint(Endpoint(**params), "The policy claude")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("", "localhost:8000", "ftp://x", "http://", "http:///v1", "http://:80", "http://ho st", "http://host\n"),
+        *("http://127.0.0.1:80o0", "http://host:0", "http://host:70000", "http://[::1", "http://300.1.2.3"),
+        *("http://a..b", f"http://{'x' * 64}.example"),
+    ],
+)
+def test_an_address_that_nothing_can_be_asked_at_is_named(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"The engine 'x' has the url .* no http or https address") as caught:
+        check_url(url, "The engine 'x'", "url")
+    assert repr(url) in caught.value.message
+    assert "http://127.0.0.1:8000" in (caught.value.next_step or "")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(
+            "https://host.example/v1/",
+            "http://127.0.0.1:8000",
+            "http://[::1]:8000/v1",
+            "HTTP://my_host",
+            "http://bücher",
+        ),
+        "http://host/@me/v1?x=1",
+    ],
+)
+def test_an_address_that_clients_take_is_taken(url: str) -> None:
+    check_url(url, "The engine 'x'", "url")
+
+
+@pytest.mark.parametrize(
+    "rest", ["@host", "@host:80o0", "@[::1", "/hunter2@host", "#hunter2@host", "@ho st", "\n@host", "@@host"]
+)
+def test_a_password_in_an_address_is_refused_and_not_shown(rest: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_url(f"http://me:hunter2{rest}", "The engine 'x'", "url")
+    assert "hunter2" not in str(caught.value)
 
 
 def test_making_policy_and_author_imports_no_sdk() -> None:
