@@ -67,7 +67,7 @@ def experiment(
             folder = out.expanduser() if out is not None else store.home / "experiments" / asked.name
             check_folder(folder)
             lines = await make_runs(store, asked, say, partial(live_progress, as_json))
-            found = await comparison_of(store, asked, lines)
+            found = await comparison_of(store, asked, lines, say)
             return await asyncio.to_thread(write_files, found, folder)
 
     found = run_async(execute())

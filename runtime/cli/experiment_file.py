@@ -14,7 +14,7 @@ from bascule.runtime.cli.configuration import configure, layered, preflight
 from bascule.runtime.cli.profiles import USUAL_TASK, check_leaves, checked, named_file, parsed, read_profile
 from bascule.runtime.experiments.comparison import ArmPlan, usual_baselines
 from bascule.runtime.experiments.votes import MOST, votes_of, voting
-from bascule.runtime.world import World
+from bascule.runtime.world import World, merged
 from bascule.schemas import subjects
 from bascule.schemas.budget import Bounds
 from bascule.schemas.errors import BasculeError, ConfigError
@@ -49,7 +49,7 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: as its runs begin; with ``--quick`` it ends in ``-quick``.
-        started: how the runs of each arm start, by its name, with the first seed.
+        started: how the runs of each arm start, by its name, save for their seed.
     """
 
     name: str
@@ -201,8 +201,7 @@ def _shared(table: dict[str, Any], folder: Path, loaded: Plugins) -> dict[str, A
     found = dict(read_profile(Path(folder, profile), loaded).values) if profile is not None else {}
     found.pop("seed", None)
     found = layered(found, _values(table, folder, loaded, refused=("seed",)))
-    found.setdefault("task", {"name": USUAL_TASK})
-    return found
+    return merged({"task": {"name": USUAL_TASK}}, found)
 
 
 def _values(table: dict[str, Any], folder: Path, loaded: Plugins, *, refused: Sequence[str]) -> dict[str, Any]:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from itertools import product
 from typing import Any
 
 import msgspec
 
 from bascule.plugins.loader import described, plugins
+from bascule.plugins.whole import whole_file
 from bascule.runtime.cli import launch
 from bascule.runtime.cli.experiment_file import Experiment
 from bascule.runtime.cli.store import Store, leaves
 from bascule.runtime.experiments.comparison import ArmPlan, Comparison, RunLine, compare
-from bascule.runtime.experiments.outcome import Folder, Outcome
+from bascule.runtime.experiments.outcome import Folder
 from bascule.runtime.experiments.votes import best_of_samples
 from bascule.runtime.redaction import redact_message
 from bascule.runtime.state import RunState
@@ -36,20 +39,20 @@ async def make_runs(store: Store, experiment: Experiment, say: Callable[[str], N
     Raises:
         LogError: the log itself fails; what any other failure ends is that run.
     """
-    todo = [(seed, arm) for seed in experiment.seeds for arm in experiment.arms]
+    todo = []
+    for seed, arm in product(experiment.seeds, experiment.arms):
+        state = await known(store, experiment.run(arm.name, seed))
+        todo.append((seed, arm, _judged(experiment, arm, seed, state), state is None))
     took: dict[str, list[float]] = {}
     lines = []
-    for place, (seed, arm) in enumerate(todo):
-        name = experiment.run(arm.name, seed)
-        state = await known(store, name)
-        line = _judged(experiment, arm, seed, state)
-        left = [a.name for _, a in todo[place:]]
-        told = f"[{place + 1}/{len(todo)}] {arm.name}, seed {seed} ({name})"
+    for place, (seed, arm, judged, fresh) in enumerate(todo):
+        told = f"[{place + 1}/{len(todo)}] {arm.name}, seed {seed} ({experiment.run(arm.name, seed)})"
+        line = judged
         if line is None:
-            now = "goes on" if state is not None else "begins"
-            say(f"{told}: {now}; {len(left)} left with it, {_time_left(took, left)}")
+            left = [a.name for _, a, there, _ in todo[place:] if there is None]
+            say(f"{told}: {'begins' if fresh else 'goes on'}; {len(left)} left with it, {_time_left(took, left)}")
             before = time.monotonic()
-            line = await _made(store, experiment, arm, seed, fresh=state is None, follow=follow)
+            line = await _made(store, experiment, arm, seed, fresh=fresh, follow=follow)
             if line.status == "completed":
                 took.setdefault(arm.name, []).append(time.monotonic() - before)
         say(f"{told}: {line.status}" + (f": {line.reason}" if line.reason else ""))
@@ -153,11 +156,26 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if seconds >= 90 else f"{round(seconds)} s"
 
 
-async def comparison_of(store: Store, experiment: Experiment, lines: Sequence[RunLine]) -> Comparison:
+async def comparison_of(
+    store: Store, experiment: Experiment, lines: Sequence[RunLine], say: Callable[[str], None]
+) -> Comparison:
     """The table of the runs that are completed."""
     plans = {arm.name: arm for arm in experiment.arms}
-    outcomes = [await _outcome(store, plans[line.arm], line) for line in lines if line.status == "completed"]
-    return compare(
+    outcomes, notes = [], []
+    for line in lines:
+        if line.status != "completed":
+            continue
+        folder = Folder(line.run)
+        async for event in store.read(line.run):
+            folder.add(event)
+        oracle = None
+        if plans[line.arm].kind == "best-of-n":
+            try:
+                oracle = await _pass_at_n(store, folder, say)
+            except BasculeError as error:
+                notes.append(redact_message(f"pass@n of {line.run} is not known: {error}"))
+        outcomes.append(folder.outcome(line.arm, oracle))
+    found = compare(
         name=experiment.name,
         description=experiment.description,
         quick=experiment.quick,
@@ -167,14 +185,29 @@ async def comparison_of(store: Store, experiment: Experiment, lines: Sequence[Ru
         runs=lines,
         outcomes=outcomes,
     )
+    return msgspec.structs.replace(found, notes=(*found.notes, *notes))
 
 
-async def _outcome(store: Store, arm: ArmPlan, line: RunLine) -> Outcome:
-    folder = Folder(line.run)
-    async for event in store.read(line.run):
-        folder.add(event)
-    if arm.kind != "best-of-n":
-        return folder.outcome(line.arm)
-    assert folder.state.started is not None
-    world = world_of(plugins(), folder.state.started)
-    return folder.outcome(line.arm, await best_of_samples(world, store.blobs(line.run), folder.logged))
+class _PassAtN(msgspec.Struct, frozen=True, kw_only=True):
+    """What is kept of :func:`best_of_samples`; ``of`` is a digest of the run's start and of its episodes."""
+
+    of: str
+    rewards: dict[int, float] | None
+
+
+async def _pass_at_n(store: Store, folder: Folder, say: Callable[[str], None]) -> dict[int, float] | None:
+    """As :func:`best_of_samples`, which is asked once for a run: samples are many, and may be slow programs."""
+    run, started, logged = folder.state.run, folder.state.started, folder.logged
+    assert started is not None
+    of = hashlib.sha256(msgspec.json.encode([started, *logged.values()], order="deterministic")).hexdigest()
+    file = store.home / "runs" / run / "pass-at-n.json"
+    with suppress(FileNotFoundError, msgspec.DecodeError):
+        kept = msgspec.json.decode(file.read_bytes(), type=_PassAtN)
+        if kept.of == of:
+            return kept.rewards
+    say(f"{run}: the samples of {len(logged)} items are scored for pass@n")
+    rewards = await best_of_samples(world_of(plugins(), started), store.blobs(run), logged)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(file) as out:
+        out.write(msgspec.json.encode(_PassAtN(of=of, rewards=rewards)))
+    return rewards

@@ -201,11 +201,14 @@ async def end(store: Store, run: str, *, cancel: bool, reason: str) -> None:
         raise ended
 
 
-async def roll_back(store: Store, run: str, *, to: int, reason: str) -> int | None:
+async def roll_back(store: Store, run: str, *, to: int, reason: str) -> int:
     """Make an earlier promoted candidate the parent again. Returns the generation that still comes to its end.
 
+    Where the next generation's choice is open already, that is the one: it may be on its way at a model.
+
     Raises:
-        NotFound: there is no such run; ConfigError: it has ended, or ``to`` is none of its promoted candidates.
+        NotFound: there is no such run.
+        ConfigError: it has ended or stopped, or ``to`` is none of its promoted candidates.
     """
     state = await state_of(store, run)
     if state.end is not None:
@@ -217,6 +220,12 @@ async def roll_back(store: Store, run: str, *, to: int, reason: str) -> int | No
     if to not in promoted:
         known = ", ".join(map(str, promoted)) or "none yet"
         raise ConfigError(f"The candidate {to} of {run} was not promoted.", next_step=f"Promoted were: {known}.")
+    last = max(state.steps)
+    if (lever := state.steps[last].lever) is not None and lever.lever == "stop":
+        raise ConfigError(
+            f"The run {run} has stopped, and its sealed split is being scored, so nothing follows from a rollback.",
+            next_step=f"Fork it where it went wrong: bascule whatif {run} --from STEP --execute.",
+        )
     if to == (state.best if state.rollback is None else state.rollback):
         raise ConfigError(f"The candidate {to} of {run} is the parent already.", next_step="Nothing is to be done.")
     data = RunRolledBack(generation=to, reason=reason)
@@ -224,7 +233,7 @@ async def roll_back(store: Store, run: str, *, to: int, reason: str) -> int | No
     recorded = await view_of(store, run).append("cli", [draft])
     if recorded[0].duplicate:
         raise ConfigError(f"Somebody else rolled {run} back at this moment.", next_step=f"See `bascule status {run}`.")
-    return max(state.steps, default=None)
+    return state.open_choice or last
 
 
 async def work(store: Store, run: str, listeners: Sequence[Listener]) -> None:
@@ -239,7 +248,7 @@ async def work(store: Store, run: str, listeners: Sequence[Listener]) -> None:
         state = await state_of(store, run) if all(isinstance(c, EngineError) for c in causes) else None
         if state is None or state.end is not None:
             raise
-        said = redact_message(str(causes[0]))
+        said = redact_message(str(causes[0])).replace("bascule resume RUN", f"bascule resume {run}")
         step = "" if "bascule resume" in said else f" Then `bascule resume {run}` goes on."
         await end(store, run, cancel=False, reason=f"{said}{step}")
 

@@ -15,11 +15,11 @@ from concurrent.futures import TimeoutError as NotDone
 from http.client import HTTPException, HTTPMessage
 from importlib.util import find_spec
 from typing import IO, Any, get_args
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit
 
 import msgspec
 
-from bascule.plugins.models.endpoint import Endpoint, Provider, key_fault
+from bascule.plugins.models.endpoint import Endpoint, Provider, check_url, key_fault
 from bascule.runtime.doctor.finding import Asked, Finding, untold
 from bascule.runtime.engines.openai import Params as OpenAI
 from bascule.runtime.engines.remote import target_model
@@ -35,7 +35,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         who: asks it, as ``policy, author``.
-        url: to which ``models`` is added, without a password.
+        url: to which ``models`` is added.
         model: its name there; empty where any will do.
         key_env: the environment variable with the key; empty where none is sent.
         patience: seconds that it may take.
@@ -75,9 +75,8 @@ def _thinking(who: str, params: Mapping[str, Any]) -> Wanted:
         endpoint = msgspec.convert({k: v for k, v in params.items() if k in named}, Endpoint)
     except msgspec.ValidationError as e:
         raise ConfigError(f"The {who} cannot take its parameters: {e}.", next_step="Correct that value.") from e
-    url = _without_password(endpoint.url)
-    if endpoint.provider == "anthropic":
-        url = f"{url}/v1"
+    check_url(endpoint.url, f"The {who}", "base_url")
+    url = endpoint.url.rstrip("/") + ("/v1" if endpoint.provider == "anthropic" else "")
     return Wanted(who="", provider=endpoint.provider, url=url, model=endpoint.named, key_env=endpoint.key_name)
 
 
@@ -96,22 +95,18 @@ def _serving(config: RunConfig) -> list[Wanted]:
             next_step="Correct engine.params.url or engine.params.urls.",
         )
     model, key = params.get("served_model" if name == "vllm" else "model") or "", params.get("key_env") or ""
+    addresses = [one for one in (url, *urls) if one]
+    for one in addresses:
+        check_url(one, f"The engine {name!r}", "url")
     return [
-        Wanted(
-            who="",
-            provider="openai",
-            url=f"{_without_password(url).removesuffix('/v1')}/v1",
-            model=str(model),
-            key_env=str(key),
-        )
-        for url in (url, *urls)
-        if url
+        Wanted(who="", provider="openai", url=_base(name, one), model=str(model), key_env=str(key)) for one in addresses
     ]
 
 
-def _without_password(url: str) -> str:
-    parts = urlsplit(url.rstrip("/"))
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+def _base(engine: str, url: str) -> str:
+    """Where an engine asks that was given an address: vLLM's beside a ``/v1`` of their own, any other as it is."""
+    base = url.rstrip("/")
+    return f"{base.removesuffix('/v1')}/v1" if engine == "vllm" else base
 
 
 def check_endpoints(asked: Asked) -> Iterator[Finding]:

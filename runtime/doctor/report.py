@@ -15,7 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 from bascule.plugins.redactors.secrets import Secrets
-from bascule.runtime.doctor.finding import BEGUN, Asked, Finding
+from bascule.runtime.doctor.finding import BEGUN, Asked, Finding, Outcome
 from bascule.runtime.redaction import Redaction
 from bascule.schemas.run import RunConfig
 
@@ -44,7 +44,7 @@ class Check(NamedTuple):
     function: str
     about: str
     when: str = "configuration"
-    late: str = "fails"
+    late: Outcome = "fails"
 
 
 _HERE = "bascule.runtime.doctor"
@@ -146,9 +146,8 @@ def _bounded(name: str, asked: Asked, left: float, allowed: float) -> list[Line]
     return [*lines, _broken(about, what, "Run it again with BASCULE_DEBUG=1 `bascule plugins`.", "fails")]
 
 
-def _broken(about: str, found: str, next_step: str, outcome: str) -> Line:
-    finding = {"about": about, "outcome": outcome, "found": found, "next_step": next_step}
-    return Line(finding=msgspec.convert(finding, Finding))
+def _broken(about: str, found: str, next_step: str, outcome: Outcome) -> Line:
+    return Line(finding=Finding(about=about, outcome=outcome, found=found, next_step=next_step))
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

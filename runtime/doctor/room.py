@@ -16,7 +16,7 @@ from bascule.plugins.wheels import cache_folder
 from bascule.runtime.cli.configuration import check_algorithms
 from bascule.runtime.doctor.configured import CONVERTED_BYTES, WHEEL_BYTES
 from bascule.runtime.doctor.endpoints import wanted
-from bascule.runtime.doctor.finding import Asked, Finding, embeds, in_gib, learns, untold
+from bascule.runtime.doctor.finding import Asked, Finding, Outcome, embeds, in_gib, learns, untold
 from bascule.runtime.doctor.machine import check_place, free_memory
 from bascule.runtime.engines.refusals import read_params
 from bascule.runtime.engines.transformers import Params
@@ -159,17 +159,9 @@ def _judged(need: int, free: int, where: str) -> Finding:
         if said != "fits"
         else ""
     )
-    outcome = {"fits": "ok", "tight": "warns", "does not fit": "fails"}[said]
-    return msgspec.convert(
-        {
-            "about": "memory",
-            "outcome": outcome,
-            "found": found,
-            "next_step": step,
-            "figures": {"need": need, "free": free},
-        },
-        Finding,
-    )
+    outcomes: dict[memory.Verdict, Outcome] = {"fits": "ok", "tight": "warns", "does not fit": "fails"}
+    figures = {"need": need, "free": free}
+    return Finding(about="memory", outcome=outcomes[said], found=found, next_step=step, figures=figures)
 
 
 def _told(parts: memory.Memory, name: str = "") -> str:

@@ -38,7 +38,12 @@ class ArmPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunLine(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of one run; ``status`` is as in ``bascule status``, or ``refused`` where nothing was done."""
+    """What became of one run.
+
+    Attributes:
+        status: as in ``bascule status``; ``refused`` where nothing was done, ``failed`` also where serving it raised,
+            which leaves the run open.
+    """
 
     arm: str
     seed: int
@@ -197,7 +202,8 @@ def _row(arm: ArmPlan, by_arm: dict[str, list[Outcome]], runs: Sequence[RunLine]
     if not done:
         return row
     against = [difference(done, by_arm[b]) for b in baselines if b != arm.name and by_arm.get(b)]
-    oracles = [o.oracle for o in done if o.oracle is not None]
+    # What was answered is one of the samples, whatever a scorer that measures time finds when it is asked again.
+    oracles = [[*map(max, o.oracle, o.after)] for o in done if o.oracle is not None]
     return msgspec.structs.replace(
         row,
         dev_before=_of_means([o.dev[0] for o in done]),
@@ -232,7 +238,7 @@ def sentence(rows: Sequence[Row], baselines: Sequence[str]) -> str:
     both = [r for r in rows if set(r.levers) == set(LEVERS)]
     single = [r.arm for r in rows if r.arm in baselines and len(r.levers) == 1]
     if not both or not single:
-        return _best(rows, baselines)
+        return _best(rows)
     return " ".join(_verdict(row, single) for row in both)
 
 
@@ -241,7 +247,7 @@ def _verdict(row: Row, single: Sequence[str]) -> str:
     missing = [name for name in single if name not in against]
     if row.completed == 0 or missing:
         return f"{row.arm}: whether both levers beat {_listed(single)} alone cannot be said yet."
-    parts = [f"{_signed(against[n].estimate.mean)} {_interval(against[n].estimate.pooled)} against {n}" for n in single]
+    parts = [_told(against[n]) for n in single]
     beaten = [n for n in single if _side(against[n]) > 0]
     lost = [n for n in single if _side(against[n]) < 0]
     if len(beaten) == len(single):
@@ -254,10 +260,16 @@ def _verdict(row: Row, single: Sequence[str]) -> str:
             *([f"are not told from {_listed(open_)} alone"] if open_ else []),
         ]
         words = f"both levers {', '.join(said)}: they do not beat every single one"
-    return f"{row.arm}: {words} ({'; '.join(parts)}; points of the sealed score, 95% intervals over seeds and items)."
+    return f"{row.arm}: {words} ({'; '.join(parts)}; points of the sealed score, 95% intervals)."
 
 
-def _best(rows: Sequence[Row], baselines: Sequence[str]) -> str:
+def _told(found: Difference) -> str:
+    seeds = len(found.estimate.seeds)
+    over = "the items of one seed" if seeds == 1 else f"{seeds} seeds and their items"
+    return f"{_signed(found.estimate.mean)} {_interval(found.estimate.pooled)} against {found.against} over {over}"
+
+
+def _best(rows: Sequence[Row]) -> str:
     done = [r for r in rows if r.after is not None]
     if not done:
         return "No run is completed."
@@ -266,8 +278,7 @@ def _best(rows: Sequence[Row], baselines: Sequence[str]) -> str:
     equal = [r.arm for r in done if r.after is not None and r.after.mean == top.after.mean]
     if len(equal) > 1:
         return f"{_listed(equal)} have the highest sealed score, {top.after.mean:.3f}."
-    told = [f"{_signed(d.estimate.mean)} {_interval(d.estimate.pooled)} against {d.against}" for d in top.differences]
-    more = f": {'; '.join(told)}" if told else ""
+    more = f": {'; '.join(map(_told, top.differences))}" if top.differences else ""
     return f"{top.arm} has the highest sealed score, {top.after.mean:.3f}{more}."
 
 
@@ -297,8 +308,15 @@ def _notes(
     lacking = [line for line in runs if line.status != "completed"]
     if lacking:
         notes.append(f"{len(lacking)} of {len(runs)} runs are not completed, and not in the table")
-    if rows and max(r.completed for r in rows) == 1:
-        notes.append("with one seed, intervals are over items only, and say nothing of other seeds")
+    alone = [r.arm for r in rows if r.completed == 1]
+    alone += [
+        f"{r.arm} against {d.against}" for r in rows for d in r.differences if r.completed > 1 == len(d.estimate.seeds)
+    ]
+    if alone:
+        told = f"with one seed, intervals are over items only, and say nothing of other seeds: {_listed(alone)}"
+        notes.append(told)
+    if len({frozenset(o.seed for o in outcomes if o.arm == r.arm) for r in rows if r.completed}) > 1:
+        notes.append("the scores of arms are of different seeds; their differences are of the seeds that both have")
     lone = [r.arm for r in rows if r.completed and set(baselines) - {r.arm, *(d.against for d in r.differences)}]
     if lone:
         notes.append(f"without a difference for want of a common seed and the same items: {_listed(lone)}")

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import msgspec
 
-from bascule.runtime.audit.cost import BudgetRow, budget_rows
 from bascule.runtime.services.budgets import spent
 from bascule.runtime.spending import total
 from bascule.runtime.state import RunState
@@ -16,7 +15,7 @@ from bascule.schemas.trajectory import Scored
 
 
 class Spending(msgspec.Struct, frozen=True, kw_only=True):
-    """Episodes, trials included, their tokens, and seconds of the services' work."""
+    """Episodes, trials included; tokens, theirs and of the policy's and author's calls; seconds of services' work."""
 
     rollouts: float
     tokens: float
@@ -32,10 +31,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
         before, after: reward of each item under the first harness and under the best candidate; 0 without a verdict.
         tokens: that an item takes under the best candidate.
         loop: what budgets are held against; ``levers`` is its part of each lever, ``sealed`` what came after the stop.
-        budget: what is spent and left of each bound.
         algorithms: of the generations that pulled the weights.
         promoted: levers of the promoted candidates after the first.
-        reason: why the loop stopped.
         code: hash of the Bascule that the run is pinned to.
         oracle: reward of each item if the best of its samples were known, where that was asked for.
     """
@@ -51,10 +48,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     loop: Spending
     levers: dict[str, Spending]
     sealed: Spending
-    budget: tuple[BudgetRow, ...]
     algorithms: tuple[str, ...]
     promoted: tuple[str, ...]
-    reason: str
     code: str
     oracle: tuple[float, ...] | None = None
 
@@ -115,12 +110,10 @@ class Folder:
             loop=_spending(spent(state)),
             levers={lever: _spending(spent(state, lever)) for lever in state.config.levers},
             sealed=Spending(rollouts=after_stop.rollouts, tokens=after_stop.tokens, seconds=after_stop.seconds),
-            budget=budget_rows(state),
             algorithms=tuple(lever.algorithm for lever in weights if lever.algorithm is not None),
             promoted=tuple(
                 g.lever for n, g in sorted(history.items()) if n and g.outcome == "promoted" and g.lever is not None
             ),
-            reason=end.reason,
             code=next((p.hash for p in state.started.plugins if (p.kind, p.name) == ("runtime", "bascule")), ""),
             oracle=None if oracle is None else tuple(oracle.get(position, 0.0) for position in logged),
         )

@@ -166,8 +166,9 @@ def draw(found: Comparison, path: Path) -> None:
         mean = d.estimate.mean
         right.errorbar([mean], [y], xerr=_errors(mean, d.estimate.pooled), fmt="o", c="#4a6fa5", capsize=3)
     right.axvline(0, lw=0.8, c="#444444")
-    right.set_yticks(range(len(bars)), [f"{arm} − {d.against}" for arm, d in bars], fontsize=8)
-    right.set(xlabel="difference of sealed scores", title=f"{len(found.seeds)} seed(s), 95% over seeds and items")
+    labels = [f"{arm} − {d.against}" + (" (one seed)" if len(d.estimate.seeds) == 1 else "") for arm, d in bars]
+    right.set_yticks(range(len(bars)), labels, fontsize=8)
+    right.set(xlabel="difference of sealed scores", title="95% over seeds and items")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

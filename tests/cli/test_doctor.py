@@ -266,8 +266,8 @@ def test_a_key_that_no_header_can_hold_is_not_shown(monkeypatch: pytest.MonkeyPa
     assert not any("first" in str(line) for line in lines.values())
 
 
-def test_endpoints_are_asked_once_for_all_who_name_them_and_without_a_password() -> None:
-    config = thinking("http://me:hunter2@127.0.0.1:1")
+def test_endpoints_are_asked_once_for_all_who_name_them() -> None:
+    config = thinking("http://127.0.0.1:1/")
     both = RunConfig(
         task=config.task,
         author=config.author,
@@ -308,6 +308,9 @@ async def test_the_model_that_the_engine_anthropic_will_ask_is_looked_for(
         (("engine=vllm", "engine.urls=5"), {"endpoints", "memory"}, "urls"),
         (("engine=vllm", "engine.urls=[5]"), {"endpoints", "memory"}, "urls"),
         (("author=claude", "author.max_retries=many", "author.model=5"), {"endpoints"}, "model"),
+        (("author=claude", "author.base_url=http://me:hunter2@host"), {"endpoints"}, "'host' with a user's name"),
+        (("engine=openai", "engine.url=http://[bad", 'levers=["harness"]'), {"endpoints"}, "url"),
+        (("engine=vllm", "engine.url=http://[bad"), {"endpoints", "memory"}, "url"),
     ],
 )
 def test_what_depends_on_a_configuration_that_is_refused_says_so_in_a_line(
@@ -320,6 +323,7 @@ def test_what_depends_on_a_configuration_that_is_refused_says_so_in_a_line(
     skipped = {line.about: line.found for line in lines if "the configuration is refused" in line.found}
     assert set(skipped) == untold
     assert all(why in found for found in skipped.values())
+    assert "hunter2" not in str(lines)
     assert {"disk: home", "disk: cache", "disk: temporary"} <= {line.about for line in lines}
     assert {line.about for line in check_versions(given)} >= {"python"}
 

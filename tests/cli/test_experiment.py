@@ -23,7 +23,7 @@ from bascule.runtime.cli.harness_folder import harness_in
 from bascule.runtime.cli.store import Store, open_store
 from bascule.runtime.experiments.votes import MOST
 from bascule.schemas import events as ev
-from bascule.schemas.errors import BasculeError, ConfigError, EngineError, HarnessError
+from bascule.schemas.errors import BasculeError, ConfigError, EngineError, HarnessError, ScoringError
 from bascule.schemas.harness import MAX_BYTES, make_harness
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ops" / "experiments").glob("*.toml"))
@@ -147,6 +147,12 @@ def test_a_profile_is_below_the_run_and_paths_are_relative_to_the_file(
     assert found.config.harness["system_prompt.md"] == "Say the number.\n"
 
 
+def test_parameters_of_the_task_alone_are_the_usual_tasks(tmp_path: Path) -> None:
+    text = HEAD + RUN.replace('task = "arith"\n', "") + "[run.task.params]\nregression = 3\n" + BUDGET + ARMS
+    task = read_experiment(written(tmp_path, text), plugins()).arms[0].config.task
+    assert (task.name, task.params["regression"]) == ("arith", 3)
+
+
 def test_votes_follow_from_the_budget_unless_they_are_given(tmp_path: Path) -> None:
     text = HEAD + RUN + "[run.budget]\nrollouts = MANY\n[arms.votes]\nkind = 'best-of-n'\n"
     for rollouts, votes in ((60, 10), (3, 1), (10**6, MOST)):
@@ -262,14 +268,15 @@ def test_an_experiment_is_made_once_goes_on_and_is_told(tmp_path: Path) -> None:
 
     before = on_store(home, begun)
     out = tmp_path / "out"
-    done = invoked("experiment", str(file), "--seeds", "1,2", "--json", "--out", str(out), home=home)
+    done = invoked("experiment", str(file), "--seeds", "2,1", "--json", "--out", str(out), home=home)
     found = json.loads(done.stdout)
     assert done.exit_code == 0
     assert {(r["run"], r["status"]) for r in found["runs"]} == {
         (f"tiny-{arm}-s{seed}", "completed") for arm in ("harness", "votes") for seed in (1, 2)
     }
     assert "goes on" in done.stderr
-    assert "1 left with it" in done.stderr
+    # The first arm of seed 1 is done already.
+    assert [n for n in "4321" if f"{n} left with it" in done.stderr] == ["3", "2", "1"]
     assert sorted(p.name for p in out.iterdir()) == ["table.csv", "table.json", "table.png"]
     harness, votes = found["rows"]
     # All answers are the same: a vote changes nothing, and the verifier's pick is no better.
@@ -311,6 +318,41 @@ def test_a_run_that_was_made_otherwise_is_refused_and_one_that_ended_is_told(tmp
     assert "2 of 3 runs" in found["notes"][0]
     shown = invoked("experiment", str(file), "--only", "b,c", home=home)
     assert "tiny-b-s1: cancelled: not wanted" in shown.stdout
+
+
+def test_samples_are_scored_once_and_where_that_fails_the_table_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, file = tmp_path / "home", written(tmp_path, HEAD + RUN + BUDGET + ARMS)
+    kept = home / "runs" / "tiny-votes-s1" / "pass-at-n.json"
+
+    async def broken(*_: Any) -> None:
+        raise ScoringError("The scorer does not open.")
+
+    def made(*, works: bool) -> tuple[Any, list[str], str]:
+        with monkeypatch.context() as patched:
+            if not works:
+                patched.setattr("bascule.runtime.cli.experiment_runs.best_of_samples", broken)
+            done = invoked("experiment", str(file), "--only", "votes", "--json", home=home)
+        found = json.loads(done.stdout)
+        assert done.exit_code == 0
+        assert len(found["files"]) == 3
+        unknown = [note for note in found["notes"] if "pass@n of tiny-votes-s1 is not known" in note]
+        return found["rows"][0]["oracle"], unknown, done.stderr
+
+    oracle, notes, _ = made(works=False)
+    assert oracle is None
+    assert "The scorer does not open" in notes[0]
+    first, notes, said = made(works=True)
+    assert first["mean"] >= 0
+    assert "tiny-votes-s1: the samples of 6 items are scored for pass@n" in said
+    assert made(works=False)[:2] == (first, [])
+    whole = kept.read_text()
+    for other in (whole[:-9], whole.replace('"of":"', '"of":"0')):  # cut off; of another run of that name
+        kept.write_text(other)
+        assert made(works=False)[0] is None
+    assert made(works=True)[0] == first
+    assert kept.read_text() == whole
 
 
 def test_a_table_gives_way_to_none_that_lacks_runs_of_it(tmp_path: Path) -> None:
@@ -372,6 +414,21 @@ async def test_the_reason_of_a_failure_is_told_without_keys(tmp_path: Path, monk
     assert line.status == "failed"
     assert "The endpoint has [redacted" in line.reason
     assert key not in line.reason + "".join(said)
+
+
+def test_a_pause_names_the_run_that_is_to_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def no_key(*_: Any) -> None:
+        raise EngineError("There is no key.", next_step="Set it, then `bascule resume RUN`.")
+
+    monkeypatch.setattr(launch, "serve", no_key)
+    asked = read_experiment(written(tmp_path, HEAD + RUN + BUDGET + "[arms.a]\n"), plugins())
+
+    async def paused(store: Store) -> str | None:
+        await launch.start(store, "tiny-a-s1", start_of(asked, asked.arms[0], 1))
+        await launch.work(store, "tiny-a-s1", [])
+        return (await launch.state_of(store, "tiny-a-s1")).paused
+
+    assert on_store(tmp_path / "home", paused) == "There is no key. Set it, then `bascule resume tiny-a-s1`."
 
 
 def test_durations_are_told_in_words() -> None:

@@ -12,7 +12,6 @@ import msgspec
 import pytest
 from scipy import stats
 
-from bascule.runtime.audit.cost import BudgetRow
 from bascule.runtime.experiments.comparison import ArmPlan, Comparison, RunLine, compare, usual_baselines
 from bascule.runtime.experiments.outcome import Outcome, Spending
 from bascule.runtime.experiments.output import write_files
@@ -106,10 +105,8 @@ def outcome(arm: str, seed: int, right: int, *, levers: tuple[str, ...] = ("harn
         loop=SPENT,
         levers=dict.fromkeys(levers, SPENT),
         sealed=SPENT,
-        budget=(BudgetRow(lever=None, name="rollouts", bound=500, spent=100, left=400),),
         algorithms=("grpo",) if "weights" in levers else (),
         promoted=levers,
-        reason="the budget is spent",
         code="0",
     )
 
@@ -198,7 +195,32 @@ def test_one_seed_has_intervals_over_items_and_says_so() -> None:
     assert after is not None
     assert after.over_seeds is None
     assert after.pooled is not None
-    assert any("one seed" in note for note in found.notes)
+    assert any("one seed" in note and note.endswith(": h, w and b") for note in found.notes)
+
+
+def test_a_difference_of_one_common_seed_claims_nothing_of_seeds() -> None:
+    def made(seeds: tuple[int, ...]) -> Comparison:
+        first = [
+            outcome(arm, s, 10, levers=levers)
+            for s in (1, 2)
+            for arm, levers in (("h", ("harness",)), ("w", ("weights",)))
+        ]
+        return table(*first, *(outcome("b", s, 30, levers=BOTH) for s in seeds), arms=ARMS)
+
+    apart, alike = made((2, 3)), made((1, 2))
+    assert apart.sentence.count("over the items of one seed") == 2
+    assert alike.sentence.count("over 2 seeds and their items") == 2
+    told = "with one seed, intervals are over items only, and say nothing of other seeds: b against h and b against w"
+    assert told in apart.notes
+    assert any("of different seeds" in note for note in apart.notes)
+    assert not any("one seed" in note or "of different seeds" in note for note in alike.notes)
+    assert {row.completed for row in apart.rows} == {2}
+
+
+def test_the_arm_with_the_highest_score_is_told_with_what_its_difference_is_over() -> None:
+    arms = (plan("h", "harness"), plan("w", "weights"))
+    runs = [outcome("h", 1, 10), outcome("w", 1, 30, levers=("weights",))]
+    assert table(*runs, arms=arms, seeds=(1,)).sentence.endswith("against h over the items of one seed.")
 
 
 def test_the_verifiers_pick_is_told_apart_from_the_score() -> None:
@@ -211,6 +233,13 @@ def test_the_verifiers_pick_is_told_apart_from_the_score() -> None:
     assert row.levers == ()
     assert row.oracle.mean == 1.0 > row.after.mean
     assert any(note.startswith("pass@n") for note in found.notes)
+
+
+def test_the_verifiers_pick_is_never_below_what_was_answered() -> None:
+    timed = msgspec.structs.replace(outcome("v", 1, 10), oracle=(0.0,) * (ITEMS - 5) + (1.0,) * 5, levers={})
+    (row,) = table(timed, arms=(plan("v", votes=8),), seeds=(1,)).rows
+    assert row.oracle is not None
+    assert row.oracle.mean == 15 / ITEMS
 
 
 def test_without_a_completed_run_there_is_a_table_that_says_so(tmp_path: Path) -> None:
