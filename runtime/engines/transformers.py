@@ -121,7 +121,7 @@ class TransformersEngine:
         return self.info
 
     async def close(self) -> None:
-        """End the worker after the pass that it computes; calls that wait fail."""
+        """End the worker after the pass that it computes, and let go of the weights; calls that wait fail."""
         worker, text = self._worker, self._text
         self._worker = self._text = self.info = None
         for call in {id(call): call for calls in self._asked.values() for call, _ in calls}.values():
@@ -132,6 +132,9 @@ class TransformersEngine:
         if worker is not None:
             self._jobs.put(None)
             await asyncio.to_thread(worker.join)
+        if self._loaded:  # whoever holds a closed engine is not to hold its weights
+            del self._generator, self._adapters
+            self._loaded = False
 
     def encode(self, prompt: tuple[Message, ...] | str) -> tuple[int, ...]:
         """Token ids of a raw completion's text, or of a chat with its generation prompt.

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -288,9 +289,11 @@ async def test_the_loop_stays_responsive_and_a_cancelled_caller_harms_nobody(
 async def test_close_ends_the_threads_and_fails_what_waits(base: Path, engine: TransformersEngine) -> None:
     waiting = asyncio.create_task(engine.sample(request(PROMPTS[0])))
     await asyncio.sleep(0)
+    computing = weakref.ref(engine._generator)
     await engine.close()
     with pytest.raises(EngineError, match="closed"):
         await waiting
+    assert computing() is None, "the weights are held by nobody"
     assert not [t for t in threading.enumerate() if t.name.startswith("bascule-engine")]
     with pytest.raises(EngineError, match="not started"):
         engine.encode("x")
