@@ -273,6 +273,16 @@ def micro_batches(units: Sequence[Unit], max_nodes: int) -> list[MicroBatch]:
     ]
 
 
+def sampled_logprobs(units: Sequence[Unit]) -> dict[str, Floats]:
+    """[T] the sampler's log-probabilities of each trajectory's tokens, in the order of time; NaN where unknown."""
+    found: dict[str, Floats] = {}
+    for share in (share for unit in units for share in unit):
+        known = found[share.trajectory] = np.full(share.tokens, np.nan)
+        for row in share.rows:
+            known[list(row.places)] = row.behaviour
+    return found
+
+
 def gathered(values: Mapping[str, Floats], batch: MicroBatch) -> Floats:
     """[M] per-token values of a micro-batch from those of whole trajectories, in the order of time."""
     starts = np.cumsum([0, *(len(values[t]) for t in batch.trajectories[:-1])])

@@ -20,7 +20,7 @@ from bascule.plugins.algorithm import Algorithm, Credit, Group
 from bascule.schemas.errors import TrainError
 from bascule.schemas.events import AdapterProbe
 from bascule.schemas.trajectory import Trajectory, unpack_floats
-from bascule.trainers.batch import WITH_RATIO, Unit, check_ids, split, units_of, weighed
+from bascule.trainers.batch import WITH_RATIO, Unit, check_ids, sampled_logprobs, split, units_of, weighed
 from bascule.trainers.checkpoint import Counters, read_checkpoint, write_checkpoint
 from bascule.trainers.credit import credit_of, figures_of, report_to
 from bascule.trainers.critic import explained_variance
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from bascule.trainers.jobs import Progress
 
 
-#: How many times ``max_kl`` one group may move in an update: its few tokens can do so without the policy running away.
-OF_ONE_GROUP = 4.0
+#: How many times ``max_kl`` the tokens' log-probabilities may have changed after an update, on average.
+OF_CHANGE = 4.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class UpdateMetrics:
             step found it; where imitation and pairs have no figures from before, it begins with the first step on the
             same tokens, and those of theirs that became likelier count as 0. The noise of dropout is in it.
         moved_after: after the last step, by how many nats the log-probability of the smallest group's tokens has
-            changed, on average; 0 where that group is more than a quarter of the update.
+            changed, on average; 0 where that group is more than a quarter of the update. Where that is too far, all
+            tokens are held against what the sampler said of them.
         kl_reference: mean over the tokens that were compared with it of the estimate, by ``kl_estimator``, of the
             divergence to the reference.
         kl_coef: of the KL divergence in the reward.
@@ -242,7 +243,12 @@ class TrainJob:
             progress({**metrics.figures(), "tokens_per_second": metrics.trained_tokens / (now - began)})
         if probe and metrics.optimizer_steps:
             moved_after = moved_between(before, policy_logprobs(probed, self._learner, self._passes))
-            check_moved(moved_after, metrics.optimizer_steps, self.params.max_kl, OF_ONE_GROUP)
+            if moved_after > OF_CHANGE * self.params.max_kl:  # a sound update moves few tokens so far, too
+                whole = moved_between(
+                    sampled_logprobs(units), policy_logprobs(packed(units), self._learner, self._passes)
+                )
+                moved = moved_after if math.isnan(whole) else whole
+                check_moved(moved, metrics.optimizer_steps, self.params.max_kl, OF_CHANGE)
             metrics = replace(metrics, moved_after=moved_after)
         self._counters = replace(
             self._counters,

@@ -263,11 +263,13 @@ def check_kl(kl: float, params: TrainParams) -> None:
 def moved_between(before: PerToken, after: PerToken) -> float:
     """Mean over the tokens of how much their log-probability has changed, in nats; one token counts at most 20.
 
-    No estimate of a divergence, but steady where there are few tokens: k3 of them may be that of a single one which has
-    become likely.
+    Tokens whose log-probability before is not known (NaN) are left out; it is NaN without any other. No estimate of a
+    divergence, but steady where there are few tokens: k3 of them may be that of a single one which has become likely.
     """
     found = [np.clip(np.abs(after[t] - before[t]), 0, MAX_LOG_RATIO) for t in before]
-    return float(np.concatenate(found).mean())
+    known = np.concatenate(found)
+    known = known[~np.isnan(known)]
+    return float(known.mean()) if len(known) else math.nan
 
 
 def check_moved(moved: float, step: int, max_kl: float, times: float = 1.0) -> None:
@@ -278,7 +280,7 @@ def check_moved(moved: float, step: int, max_kl: float, times: float = 1.0) -> N
             log-probability, in nats.
         step: of the update, from 0; the one that finds it so.
         max_kl: the parameter.
-        times: the bound is so many times ``max_kl``; more than 1 where few tokens were looked at.
+        times: the bound is so many times ``max_kl``; more than 1 for a change.
 
     Raises:
         TrainError: it is over the bound.

@@ -376,6 +376,23 @@ def test_the_last_step_of_an_update_is_looked_at_too(base: Path, component: Comp
         within(f"moved_after ({component})", "plain padded forward", abs(metrics.moved_after - wanted), 1e-6)
 
 
+def test_a_group_that_has_moved_far_ends_no_update_whose_tokens_have_not(base: Path) -> None:
+    def moved(max_kl: float) -> tuple[float, float]:
+        algorithm = Given()
+        job = TrainJob(base, algorithm, {**PARAMS, "learning_rate": 3e-3, "max_kl": max_kl}, seed=1)
+        batch = sample_batch(job, seed=0, samples=4, prompts=SEVERAL)
+        algorithm.given = [Credit(trajectory=t, component="policy", advantage=float(t < "p1")) for t in sorted(batch)]
+        before = now_of(job, batch)
+        metrics = job.update(grouped(batch, dict.fromkeys(batch, 0.0)), batch, 0)
+        return metrics.moved_after, float((before - now_of(job, batch)).abs().mean())
+
+    group, whole = moved(9.0)
+    assert group > 1.5 * whole > 1e-3
+    assert moved(1.2 * whole / 4) == (group, whole)
+    with pytest.raises(TrainError, match="finds the policy"):
+        moved(0.8 * whole / 4)
+
+
 def test_a_group_that_is_much_of_an_update_is_not_computed_once_more(base: Path) -> None:
     job = make_job(base, PARAMS, seed=1)
     batch = sample_batch(job, seed=0, prompts=SEVERAL[:3])
