@@ -268,24 +268,26 @@ class ZygoteHost:
 
         try:
             try:
-                await self._start("prepare", 0, harness, given, own, (theirs.fileno(), printing))
-            finally:
-                theirs.close()
-                os.close(printing)
-            ending = await episode.converse(opening, done)
-        except _Lost:
-            ending = "exited"
+                try:
+                    await self._start("prepare", 0, harness, given, own, (theirs.fileno(), printing))
+                finally:
+                    theirs.close()
+                    os.close(printing)
+                ending = await episode.converse(opening, done)
+            except _Lost:
+                ending = "exited"
+            if ending == "stopped" and self.alive:
+                self._prepared = running.bounds
+                return None
+            if running.over is not None:
+                return Outcome(ending=running.over, during="prepare")
+            if ending != "exited":
+                self._lose()
+            # It counts as running until its status is known, or its end would be taken for one that is to be hastened.
+            code = await asyncio.to_thread(self._ended)
         finally:
             self._running.pop(0, None)
             episode.close()
-        if ending == "stopped" and self.alive:
-            self._prepared = running.bounds
-            return None
-        if running.over is not None:
-            return Outcome(ending=running.over, during="prepare")
-        if ending != "exited":
-            self._lose()
-        code = await asyncio.to_thread(self._ended)
         return Outcome(ending=ending, exit_code=code, output=episode.printed, seconds=episode.seconds, during="prepare")
 
     async def close(self) -> None:
