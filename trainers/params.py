@@ -68,7 +68,7 @@ class TrainParams(msgspec.Struct, frozen=True, kw_only=True):
         max_nodes: tokens of one micro-batch's tree.
         max_kl: bound on the mean KL divergence of the sampler from the policy before an update, and of that policy from
             the one that an update of several optimiser steps has reached (of tokens that imitation and pairs chose,
-            those that became less likely); after the last step the log-probabilities may have changed 4 times so much on
+            those that became less likely); after the last step log-probabilities may have changed 4 times so much on
             average.
         max_ratio: bound on any token's probability ratio of policy and sampler, or its inverse, before an update.
     """
