@@ -261,21 +261,21 @@ class ZygoteHost:
         self._running[0] = running
         self._watch()
 
+        ending: Ending = "exited"
+
         async def done(frame: bytes) -> bytes | None:
             if frame == PREPARED:
                 raise StopEpisode
             return None
 
         try:
-            try:
+            with contextlib.suppress(_Lost):
                 try:
                     await self._start("prepare", 0, harness, given, own, (theirs.fileno(), printing))
                 finally:
                     theirs.close()
                     os.close(printing)
                 ending = await episode.converse(opening, done)
-            except _Lost:
-                ending = "exited"
             if ending == "stopped" and self.alive:
                 self._prepared = running.bounds
                 return None

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import socket
+import threading
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -206,6 +210,39 @@ def prepare(data, context):
     return str((numpy.eye(300) @ numpy.eye(300)).sum())
 """
     assert await answers(pool, solving("return context.prepared", before, packages=["numpy"]), 2) == ["300.0"] * 2
+
+
+async def test_a_guest_that_ends_while_it_prepares_is_not_killed_before_it_has_said_how(
+    pool: HarnessPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed: list[host.ZygoteHost] = []
+    waited_for = threading.Event()
+    on_report, ended = host.ZygoteHost._on_report, host.ZygoteHost._ended
+
+    def kill(self: host.ZygoteHost) -> None:
+        killed.append(self)
+
+    def after_the_wait_began(self: host.ZygoteHost) -> None:
+        with contextlib.suppress(BlockingIOError):
+            if not self._control.recv(1, socket.MSG_PEEK) and not waited_for.is_set():
+                return  # the loop calls again: its end is still there to be read
+        on_report(self)
+
+    def until_its_end_was_seen(self: host.ZygoteHost) -> int:
+        waited_for.set()
+        deadline = time.monotonic() + 30
+        while self.alive and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return ended(self)
+
+    monkeypatch.setattr(host.ZygoteHost, "_kill", kill)
+    monkeypatch.setattr(host.ZygoteHost, "_on_report", after_the_wait_began)
+    monkeypatch.setattr(host.ZygoteHost, "_ended", until_its_end_was_seen)
+    trajectory = await play(pool, solving("return 'x'", "import os\ndef prepare(data, context):\n    os._exit(3)\n"))
+    monkeypatch.undo()
+    assert trajectory.error is not None
+    assert "prepare exited with status 3" in trajectory.error.message
+    assert killed == []
 
 
 @pytest.mark.parametrize(
