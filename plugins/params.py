@@ -8,19 +8,21 @@ import msgspec
 
 from bascule.schemas.errors import ConfigError
 
-T = TypeVar("T")
+S = TypeVar("S", bound=msgspec.Struct)
 
 
-def read_params(given: dict[str, Any], kind: type[T], who: str) -> T:
+def read_params(given: dict[str, Any], kind: type[S], who: str) -> S:
     """Parameters as a configuration gives them, as a struct.
 
     Args:
         who: as errors name it, ``The author tuner``.
 
     Raises:
-        ConfigError: one is unknown or out of range.
+        ConfigError: one is unknown, of a wrong type or out of range.
     """
     try:
         return msgspec.convert(given, kind)
     except msgspec.ValidationError as e:
-        raise ConfigError(f"{who} cannot take these parameters: {e}.", next_step="Correct that value.") from e
+        raise ConfigError(
+            f"{who} cannot use its parameters: {e}.", next_step=f"It knows {', '.join(kind.__struct_fields__)}."
+        ) from e

@@ -32,10 +32,10 @@ GATE_VERSION = "1"
 #: Of a decision in which the candidate lacks a verdict that its parent has; version 1 left such positions out. A
 #: candidate can see to it that it is not scored where it is bad, so that must never pay.
 UNSCORED_VERSION = "2"
-#: What levers are told of a gain that is gone with the same questions in another form, or by the second verifier.
-NOT_CONFIRMED = "the gain is not there when it is measured in another way"
 #: Of every decision by version 2 of the configuration's rules.
 GUARDED_VERSION = "3"
+#: What levers are told of a gain that is gone with the same questions in another form, or by the second verifier.
+NOT_CONFIRMED = "the gain is not there when it is measured in another way"
 
 
 class PairedTest(msgspec.Struct, frozen=True, kw_only=True):

@@ -30,7 +30,7 @@ from bascule.plugins.authors.suggesting import (
     setting_of,
     suggestion,
 )
-from bascule.plugins.authors.trials import fold, outcome
+from bascule.plugins.authors.trials import fold, outcome, trial_call
 from bascule.plugins.params import read_params
 from bascule.plugins.policy import (
     TRIAL,
@@ -162,7 +162,7 @@ class Tuner:
             positions=self._positions(given),
             samples=self.params.samples,
         )
-        return CallTool(name=TRIAL, arguments=_plain(request))
+        return trial_call(request)
 
 
 def _computed(

@@ -5,8 +5,6 @@ The latter is asked of a landscape, and of a run before it starts as far as it c
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import msgspec
 
 from bascule.plugins.algorithm import Requires
@@ -14,8 +12,6 @@ from bascule.plugins.policy import AlgorithmInfo, PolicyInput, PolicyStart
 from bascule.schemas.decision import Option
 from bascule.schemas.errors import ConfigError
 from bascule.schemas.landscape import RewardLandscape
-
-P = TypeVar("P")
 
 
 def no_harness(given: PolicyInput) -> Option | None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from bascule.plugins.params import read_params
 from bascule.plugins.task import Baseline, Example, PublicFace, Tool
 from bascule.plugins.tasks.harness_files import reference_files
 from bascule.plugins.tasks.rg_data import Wanted, dataset, entries
@@ -123,13 +124,7 @@ class ReasoningGym:
         if name in REFUSED:
             raise ConfigError(f"{self.name} is no task: {REFUSED[name]}.", next_step="Choose another data set.")
         self._sized = "dev" in params
-        try:
-            self.params = msgspec.convert(params, Params)
-        except msgspec.ValidationError as e:
-            raise ConfigError(
-                f"The task {self.name} cannot use its parameters: {e}.",
-                next_step=f"It knows {', '.join(Params.__struct_fields__)}.",
-            ) from e
+        self.params = read_params(params, Params, f"The task {self.name}")
 
     def public(self) -> PublicFace:
         found = distinct(self.data, self.params, texts=True)

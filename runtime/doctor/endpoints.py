@@ -20,6 +20,7 @@ from urllib.parse import quote, urlsplit
 import msgspec
 
 from bascule.plugins.models.endpoint import Endpoint, Provider, check_url, key_fault
+from bascule.plugins.params import read_params
 from bascule.runtime.doctor.finding import Asked, Finding, untold
 from bascule.runtime.engines.openai import Params as OpenAI
 from bascule.runtime.engines.remote import target_model
@@ -71,10 +72,7 @@ def wanted(config: RunConfig) -> tuple[Wanted, ...]:
 def _thinking(who: str, params: Mapping[str, Any]) -> Wanted:
     """What is asked by who takes the parameters of :class:`Endpoint`."""
     named = ("provider", "model", "base_url", "key_env")
-    try:
-        endpoint = msgspec.convert({k: v for k, v in params.items() if k in named}, Endpoint)
-    except msgspec.ValidationError as e:
-        raise ConfigError(f"The {who} cannot take its parameters: {e}.", next_step="Correct that value.") from e
+    endpoint = read_params({k: v for k, v in params.items() if k in named}, Endpoint, f"The {who}")
     check_url(endpoint.url, f"The {who}", "base_url")
     url = endpoint.url.rstrip("/") + ("/v1" if endpoint.provider == "anthropic" else "")
     return Wanted(who="", provider=endpoint.provider, url=url, model=endpoint.named, key_env=endpoint.key_name)

@@ -12,13 +12,13 @@ from urllib.parse import urlsplit
 import msgspec
 
 from bascule.plugins.loader import plugins
+from bascule.plugins.params import read_params
 from bascule.plugins.wheels import cache_folder
 from bascule.runtime.cli.configuration import check_algorithms
 from bascule.runtime.doctor.configured import CONVERTED_BYTES, WHEEL_BYTES
 from bascule.runtime.doctor.endpoints import wanted
 from bascule.runtime.doctor.finding import Asked, Finding, Outcome, embeds, in_gib, learns, untold
 from bascule.runtime.doctor.machine import check_place, free_memory
-from bascule.runtime.engines.refusals import read_params
 from bascule.runtime.engines.transformers import Params
 from bascule.runtime.services.inference import engine_params
 from bascule.runtime.world import World
@@ -103,7 +103,11 @@ def _limits(config: RunConfig) -> Params | None:
     Raises:
         ConfigError: one is unknown or of a wrong type.
     """
-    return read_params("transformers", engine_params(config, config.engine), Params) if embeds(config) else None
+    return (
+        read_params(engine_params(config, config.engine), Params, "The engine 'transformers'")
+        if embeds(config)
+        else None
+    )
 
 
 def _elsewhere(config: RunConfig) -> bool:

@@ -14,8 +14,9 @@ import msgspec
 
 from bascule.plugins.engine import Engine, EngineInfo, Sampled, SampleRequest, before_stop
 from bascule.plugins.models.endpoint import Endpoint, TooLong, ask, check_endpoint, check_ready
+from bascule.plugins.params import read_params
 from bascule.plugins.policy import Performed
-from bascule.runtime.engines.refusals import no_adapters, not_started, read_params
+from bascule.runtime.engines.refusals import no_adapters, not_started
 from bascule.runtime.engines.remote import Calls, target_model
 from bascule.schemas.errors import EngineError, ModelError, PromptError
 from bascule.schemas.trajectory import Output
@@ -163,6 +164,6 @@ def make(model: str, params: dict[str, Any]) -> Engine:
     Raises:
         ConfigError: a parameter is unknown or not usable.
     """
-    checked = read_params("anthropic", params, Params)
+    checked = read_params(params, Params, "The engine 'anthropic'")
     asked = target_model("anthropic", params, model) or ""
     return AnthropicEngine(msgspec.structs.replace(checked, model=asked))

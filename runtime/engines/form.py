@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from msgspec import to_builtins
 from msgspec.structs import replace
 
 from bascule.plugins.engine import Message, before_stop
@@ -73,6 +72,11 @@ class Form:
         return replace(output, text=text) if cut is None else replace(output, text=cut, finish_reason="stop")
 
 
+def plain(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """Messages as endpoints and chat templates take them."""
+    return [{"role": m.role, "content": m.content} for m in messages]
+
+
 def encoded(
     tokenizer: Any, prompt: tuple[Message, ...] | str, template: Mapping[str, Any], model: str
 ) -> tuple[int, ...]:
@@ -92,9 +96,7 @@ def encoded(
         what = f"There is no chat template of {model}."
         raise PromptError(what, next_step="Use completion calls, or an instruct model.")
     try:
-        text = tokenizer.apply_chat_template(
-            list(to_builtins(prompt)), tokenize=False, add_generation_prompt=True, **template
-        )
+        text = tokenizer.apply_chat_template(plain(prompt), tokenize=False, add_generation_prompt=True, **template)
     except Exception as error:  # a template is code of the model's
         what = f"The chat template of {model} refuses the prompt: {error}."
         raise PromptError(what, next_step="Send the roles that the template takes, in its order.") from error

@@ -14,10 +14,11 @@ import msgspec
 
 from bascule.plugins.engine import Engine, EngineInfo, Sampled, SampleRequest, before_stop
 from bascule.plugins.models.endpoint import check_url
+from bascule.plugins.params import read_params
+from bascule.runtime.engines.form import plain
 from bascule.runtime.engines.presets import preset_of
-from bascule.runtime.engines.refusals import no_adapters, not_started, read_params
+from bascule.runtime.engines.refusals import no_adapters, not_started
 from bascule.runtime.engines.remote import Calls, target_model
-from bascule.runtime.engines.replica import plain
 from bascule.runtime.engines.wire import Wire, read_key
 from bascule.schemas.errors import ConfigError, EngineError
 from bascule.schemas.trajectory import Output, Sampling, pack_floats, pack_ids
@@ -232,7 +233,7 @@ def make(model: str, params: dict[str, Any]) -> Engine:
     Raises:
         ConfigError: a parameter is unknown or not usable, or no model is named.
     """
-    checked = read_params("openai", params, Params)
+    checked = read_params(params, Params, "The engine 'openai'")
     check_url(checked.url, "The engine 'openai'", "url")
     asked = target_model("openai", params, model)
     if not asked:

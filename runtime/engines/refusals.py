@@ -3,31 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
-
-import msgspec
 
 from bascule.plugins.engine import SampleRequest
-from bascule.schemas.errors import BasculeError, ConfigError, EngineError, PromptError
+from bascule.schemas.errors import BasculeError, EngineError, PromptError
 
-T = TypeVar("T")
 #: What to do about an adapter whose files are not usable.
 PUBLISH = "Publish the adapter again in PEFT's layout (adapter_config.json, adapter_model.safetensors)."
-
-
-def read_params(engine: str, params: dict[str, Any], kind: type[T]) -> T:
-    """Parameters in their type.
-
-    Raises:
-        ConfigError: one is unknown or of a wrong type.
-    """
-    try:
-        return msgspec.convert(params, kind)
-    except msgspec.ValidationError as error:
-        raise ConfigError(
-            f"The engine {engine!r} cannot use its parameters: {error}.",
-            next_step=f"It knows {', '.join(f.name for f in msgspec.structs.fields(kind))}.",  # type: ignore[arg-type]
-        ) from error
 
 
 def cannot_start(model: str, error: BasculeError) -> EngineError:

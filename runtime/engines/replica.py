@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 from bascule.plugins.engine import Message
+from bascule.runtime.engines.form import plain
 from bascule.runtime.engines.wire import Wire
 from bascule.schemas.errors import EngineError, PromptError
 from bascule.schemas.trajectory import Output, Sampling, pack_floats, pack_ids
@@ -285,7 +286,3 @@ class HttpReplica:
         return EngineError(
             f"{self.name} does not answer as vLLM does: {what}.", next_step="Use a vLLM of 0.32 or newer."
         )
-
-
-def plain(messages: Sequence[Message]) -> list[dict[str, str]]:
-    return [{"role": m.role, "content": m.content} for m in messages]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import msgspec
 
 from bascule.plugins.engine import Engine, EngineInfo, Message, Sampled, SampleRequest
+from bascule.plugins.params import read_params
 from bascule.runtime.engines.form import Form, encoded
 from bascule.runtime.engines.presets import preset_of
 from bascule.runtime.engines.refusals import (
@@ -29,7 +30,6 @@ from bascule.runtime.engines.refusals import (
     closed,
     not_loaded,
     not_started,
-    read_params,
 )
 from bascule.schemas.errors import BasculeError, EngineError
 from bascule.schemas.trajectory import Output
@@ -83,7 +83,7 @@ def make(model: str, params: dict[str, Any]) -> Engine:
     Raises:
         ConfigError: a parameter is unknown, of a wrong type or out of range.
     """
-    return TransformersEngine(model or DEFAULT_MODEL, read_params("transformers", params, Params))
+    return TransformersEngine(model or DEFAULT_MODEL, read_params(params, Params, "The engine 'transformers'"))
 
 
 class TransformersEngine:

@@ -23,6 +23,7 @@ import msgspec
 
 from bascule.plugins.engine import Engine, EngineInfo, Message, Sampled, SampleRequest
 from bascule.plugins.models.endpoint import check_url
+from bascule.plugins.params import read_params
 from bascule.runtime.engines.adapter_files import AdapterFiles, adapter_rank
 from bascule.runtime.engines.form import Form
 from bascule.runtime.engines.phases import Phases
@@ -34,7 +35,6 @@ from bascule.runtime.engines.refusals import (
     not_loaded,
     not_started,
     other_content,
-    read_params,
 )
 from bascule.runtime.engines.remote import Calls
 from bascule.runtime.engines.replica import HttpReplica, Ids, Replica, Served
@@ -110,7 +110,7 @@ def make(model: str, params: dict[str, Any]) -> Engine:
     Raises:
         ConfigError: a parameter is unknown or not usable.
     """
-    checked = read_params("vllm", params, Params)
+    checked = read_params(params, Params, "The engine 'vllm'")
     if (checked.url or checked.urls) and checked.mode == "inside":
         raise ConfigError(
             "The engine 'vllm' is told to run inside and to use a server.", next_step="Leave mode or url out."

@@ -67,8 +67,6 @@ class Wire:
                 next_step=f"Install it: {install_command('openai')}",
             ) from error
         root = url.rstrip("/").removesuffix("/v1")
-        if not root.startswith(("http://", "https://")):
-            raise ConfigError(f"{url!r} is no http or https URL.", next_step="For example http://127.0.0.1:8000/v1.")
         self.root = root
         self.base = f"{root}/v1"
         self._timeout_s = timeout_s
