@@ -23,8 +23,8 @@ class AdapterFiles:
     """
 
     def __init__(self, folder: Path, seen_as: str = "") -> None:
-        self._folder = folder.absolute()
-        self._seen_as = seen_as.rstrip("/") or str(self._folder)
+        self.folder = folder.absolute()
+        self._seen_as = seen_as.rstrip("/") or str(self.folder)
 
     def keep(self, name: str, folder: Path) -> tuple[Path, str]:
         """Copy an adapter's files; nothing is done where they are already there.
@@ -40,9 +40,9 @@ class AdapterFiles:
             digest = hashlib.sha256()
             for file, data in files.items():
                 digest.update(f"{file}\0{len(data)}\0".encode() + data)
-            target = self._folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}-{digest.hexdigest()[:16]}"
+            target = self.folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}-{digest.hexdigest()[:16]}"
             if not target.is_dir():
-                self._folder.mkdir(parents=True, exist_ok=True)
+                self.folder.mkdir(parents=True, exist_ok=True)
                 self._write(files, target)
         except OSError as error:
             raise EngineError(
@@ -52,14 +52,14 @@ class AdapterFiles:
 
     def here(self, seen: str) -> Path:
         """The folder that the servers see as ``seen``."""
-        return self._folder / seen.rpartition("/")[2]
+        return self.folder / seen.rpartition("/")[2]
 
     def forget(self, path: Path) -> None:
         """Delete a folder of :meth:`keep`; harmless if it is gone."""
         shutil.rmtree(path, ignore_errors=True)
 
     def _write(self, files: dict[str, bytes], target: Path) -> None:
-        temporary = Path(tempfile.mkdtemp(dir=self._folder, prefix=".tmp-"))
+        temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=".tmp-"))
         try:
             temporary.chmod(0o755)  # a server may be another user's
             for file, data in files.items():

@@ -24,13 +24,13 @@ class Served(msgspec.Struct, frozen=True):
     Attributes:
         model: name of the base model there.
         context: most tokens of a prompt and its answer.
-        adapters: folders by name, as the replica sees them.
+        adapters: the names of those that are loaded.
         version: of vLLM; empty if it does not say.
     """
 
     model: str
     context: int
-    adapters: dict[str, str]
+    adapters: frozenset[str]
     version: str = ""
 
 
@@ -164,7 +164,7 @@ class HttpReplica:
             version = str((await self._wire.get("/version", retry=False)).get("version", ""))
         except (EngineError, AttributeError):
             version = ""
-        adapters = {m.id: m.root or "" for m in models if m.parent is not None}
+        adapters = frozenset(m.id for m in models if m.parent is not None)
         return Served(mine[0].id, mine[0].max_model_len, adapters, version)
 
     async def encode(self, prompt: tuple[Message, ...] | str, template: Mapping[str, Any]) -> Ids:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -26,7 +28,7 @@ from bascule.plugins.models.endpoint import check_url
 from bascule.plugins.params import read_params
 from bascule.runtime.engines.adapter_files import AdapterFiles, adapter_rank
 from bascule.runtime.engines.form import Form
-from bascule.runtime.engines.phases import Phases
+from bascule.runtime.engines.phases import Door, Phases
 from bascule.runtime.engines.presets import preset_of
 from bascule.runtime.engines.refusals import (
     caller,
@@ -36,7 +38,7 @@ from bascule.runtime.engines.refusals import (
     not_started,
     other_content,
 )
-from bascule.runtime.engines.remote import Calls
+from bascule.runtime.engines.remote import LOCAL, Calls
 from bascule.runtime.engines.replica import HttpReplica, Ids, Replica, Served
 from bascule.runtime.engines.vllm_server import ServerProcess, find_python, start_server
 from bascule.runtime.engines.wire import Unreachable, Wire, read_key
@@ -44,6 +46,8 @@ from bascule.schemas.errors import BasculeError, ConfigError, EngineError
 
 T = TypeVar("T")
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+#: What there is where a driver has found an NVIDIA or an AMD GPU.
+_GPUS = ("/proc/driver/nvidia/version", "/dev/kfd")
 _POLL_SECONDS = 0.5
 _TELL_SECONDS = 10.0
 _ENCODED = 1024
@@ -66,6 +70,8 @@ class Params(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         environment: folder of the virtual environment that has vLLM; see ``find_python``.
         arguments: further ones for vLLM's server; for ``inside`` see ``options``.
         options: further arguments of vLLM's ``AsyncEngineArgs``, for ``inside``.
+        device: what the servers compute on, ``cuda`` or ``cpu``, by which their seconds are counted; by default a GPU
+            where this machine has one, or a server is on another.
         dtype: of the weights, in vLLM's words.
         max_model_len: most tokens of a prompt and its answer; by default the model's own.
         eager: whether compilation and CUDA graphs are left out: a faster start and slower answers.
@@ -91,6 +97,7 @@ class Params(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     environment: str = ""
     arguments: tuple[str, ...] = ()
     options: dict[str, Any] = {}
+    device: Literal["", "cuda", "cpu"] = ""
     dtype: str = "auto"
     max_model_len: Annotated[int, msgspec.Meta(ge=1)] | None = None
     eager: bool = False
@@ -185,9 +192,9 @@ class VllmEngine:
             took: list[Replica] = []
             try:
                 self._check_rank(name, path)
-                await self._each(lambda replica: self._load_on(replica, name, seen, took))
+                await self._each(lambda replica: self._load_on(replica, seen, took))
             except BaseException:
-                await self._remove(name, path, took if self._shared else self._replicas)
+                await self._remove(seen, took if self._shared else self._replicas)
                 raise
             self._loaded[name] = seen
             self._leaving.discard(name)
@@ -209,18 +216,37 @@ class VllmEngine:
         if adapter is not None and adapter not in self._loaded:
             raise not_loaded("A probe", adapter, self._loaded)
 
+        name = None if adapter is None else _served_as(self._loaded[adapter])
+
         async def score(replica: Replica) -> tuple[float, ...]:
             # By itself: prompt log-probabilities beside other calls of adapters end vLLM 0.32 on a CPU.
             async with self._phase(replica, object()):
-                return await replica.score(adapter or self._served[replica.name].model, tuple(ids))
+                return await replica.score(name or self._served[replica.name].model, tuple(ids))
 
         return tuple(await self._call(partial(self._each, score)))
 
     def _phase(self, replica: Replica, kind: object) -> AbstractAsyncContextManager[None]:
-        """Keeps calls of one kind on a replica apart from those of others, unless ``mixed`` says otherwise."""
+        """Keeps calls of one kind on a replica apart from those of others, unless ``mixed`` says otherwise.
+
+        Raises:
+            EngineError: the lock for that cannot be made.
+        """
         if self.params.mixed:
             return contextlib.nullcontext()
-        return self._phases.setdefault(replica.name, Phases()).of(kind)
+        if replica.name not in self._phases:
+            self._phases[replica.name] = Phases(self._door(replica) if self._shared else None)
+        return self._phases[replica.name].of(kind)
+
+    def _door(self, replica: Replica) -> Door:
+        """What the run's workers share whose calls may not be on a replica together."""
+        assert self._files is not None
+        path = self._files.folder.parent / f"{hashlib.sha256(replica.name.encode()).hexdigest()[:16]}.lock"
+        try:
+            return Door(path)
+        except OSError as error:
+            raise EngineError(
+                f"The lock {path} cannot be made: {error}.", next_step="Correct engine.folder."
+            ) from error
 
     async def _sample(self, request: SampleRequest) -> Sampled:
         adapter = request.adapter
@@ -233,11 +259,11 @@ class VllmEngine:
             try:
                 prompt = await self._encode(replica, request.prompt)
                 check_size(request, prompt, min(s.context for s in self._served.values()))
-                served = self._served[replica.name].model
                 asked = 1 if request.sampling.temperature == 0 else request.n  # vLLM takes no n > 1 when greedy
                 sampling, ends = self._form.asked(request.sampling)
+                model = self._served[replica.name].model if adapter is None else _served_as(self._loaded[adapter])
                 async with self._phase(replica, "base" if adapter is None else "adapters"):
-                    outputs = await replica.complete(adapter or served, prompt, asked, sampling, request.seed, ends)
+                    outputs = await replica.complete(model, prompt, asked, sampling, request.seed, ends)
                 outputs = tuple(self._form.read(o, request.sampling) for o in outputs) * (request.n // asked)
             finally:
                 self._busy[replica.name] -= request.n
@@ -287,17 +313,15 @@ class VllmEngine:
                 next_step=f"Start a run with an engine.max_lora_rank of {rank} or more.",
             )
 
-    async def _load_on(self, replica: Replica, name: str, folder: str, took: list[Replica]) -> None:
+    async def _load_on(self, replica: Replica, folder: str, took: list[Replica]) -> None:
         """Load an adapter, unless the replica has it; ``took`` gets the replica if it was this engine that did."""
-        there = (await replica.served()).adapters
-        if name in there and there[name] != folder:  # of a process before this one
-            await replica.unload(name)
-        if there.get(name) != folder:
+        name = _served_as(folder)
+        if name not in (await replica.served()).adapters:
             try:
                 await replica.load(name, folder)
                 took.append(replica)
             except EngineError:
-                if (await replica.served()).adapters.get(name) != folder:  # else another worker was first
+                if name not in (await replica.served()).adapters:  # else another worker was first
                     raise
         if name not in (await replica.served()).adapters:
             raise EngineError(
@@ -310,13 +334,12 @@ class VllmEngine:
             if name in self._leaving and not self._asked[name]:
                 self._leaving.discard(name)
                 seen = self._loaded.pop(name)
-                assert self._files is not None
-                await self._remove(name, self._files.here(seen), self._replicas)
+                await self._remove(seen, self._replicas)
 
-    async def _remove(self, name: str, path: Path, replicas: Sequence[Replica]) -> None:
+    async def _remove(self, seen: str, replicas: Sequence[Replica]) -> None:
         """Take an adapter from those of the replicas that have it, and its files once none has it any more."""
         assert self._files is not None
-        left = False
+        name, left = _served_as(seen), False
         for replica in self._replicas:
             with contextlib.suppress(EngineError):  # a server that is gone has none
                 there = name in (await replica.served()).adapters
@@ -324,7 +347,7 @@ class VllmEngine:
                     await replica.unload(name)
                 left = left or (there and replica not in replicas)
         if not left:
-            await asyncio.to_thread(self._files.forget, path)
+            await asyncio.to_thread(self._files.forget, self._files.here(seen))
 
     # Start and end.
 
@@ -350,7 +373,12 @@ class VllmEngine:
             )
         self._logprobs = all(await self._each(self._heated))
         adapters = all(await self._each(lambda r: r.takes_adapters()))
-        versions = {"vllm": self._served[first.name].version, "replicas": str(len(self._replicas)), "dtype": p.dtype}
+        versions = {
+            "vllm": self._served[first.name].version,
+            "replicas": str(len(self._replicas)),
+            "dtype": p.dtype,
+            "device": p.device or _usual_device(p),
+        }
         if not self._logprobs:
             versions["logprobs"] = "raw"
         return EngineInfo(
@@ -481,10 +509,22 @@ class VllmEngine:
             await asyncio.to_thread(shutil.rmtree, self._temporary, ignore_errors=True)
         self._replicas, self._server, self._temporary, self._files = [], None, None, None
         self._served.clear()
+        for phases in self._phases.values():
+            phases.close()
         self._phases.clear()
         self._loaded.clear()
         self._leaving.clear()
         self._prompts.clear()
+
+
+def _usual_device(p: Params) -> str:
+    hosts = {urlsplit(url).hostname for url in (*p.urls, p.url) if url}
+    return "cuda" if hosts - LOCAL or any(Path(one).exists() for one in _GPUS) else "cpu"
+
+
+def _served_as(folder: str) -> str:
+    """The name of an adapter on servers, by its folder there: runs of one name, in two homes, may share them."""
+    return f"{folder.rpartition('/')[2]}.{hashlib.sha256(folder.encode()).hexdigest()[:8]}"
 
 
 def _arguments(p: Params) -> list[str]:

@@ -42,7 +42,7 @@ class InsideReplica:
         from vllm import __version__
 
         there = await self._engine.list_loras() if self._loaded else set()
-        adapters = {name: lora.lora_path for name, lora in self._loaded.items() if lora.lora_int_id in there}
+        adapters = frozenset(name for name, lora in self._loaded.items() if lora.lora_int_id in there)
         return Served(_BASE, self._context, adapters, __version__)
 
     async def encode(self, prompt: tuple[Message, ...] | str, template: Mapping[str, Any]) -> Ids:

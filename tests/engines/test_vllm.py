@@ -122,14 +122,14 @@ async def test_an_adapter_is_on_every_replica_or_on_none(
     engine = client(base, tmp_path, *servers)
     await engine.start()
     servers[1].refuse_load = True
-    with pytest.raises(EngineError, match=r"'v1' was not loaded.*No room"):
+    with pytest.raises(EngineError, match=r"'v1-\S+' was not loaded.*No room"):
         await engine.load_adapter("v1", adapters["v1"])
     assert [server.served for server in servers] == [{}, {}]
     assert not list((tmp_path / "shared" / "adapters").iterdir())
     servers[1].refuse_load = False
     await engine.load_adapter("v1", adapters["v1"])
     assert servers[0].served == servers[1].served
-    folder = Path(servers[0].served["v1"])
+    (folder,) = servers[0].folders("v1")
     assert folder.is_absolute()
     assert files(folder) == files(adapters["v1"])
     await engine.close()
@@ -145,12 +145,13 @@ async def test_workers_that_load_an_adapter_at_once_all_have_it(
     for engine in workers:
         assert (await engine.sample(request(adapter="v1"))).outputs
     for server in servers:
-        assert files(Path(server.served["v1"])) == files(adapters["v1"])
+        (folder,) = server.folders("v1")
+        assert files(folder) == files(adapters["v1"])
     for engine in workers:
         await engine.close()
 
 
-async def test_another_process_finds_what_is_loaded_and_replaces_what_is_other(
+async def test_another_process_finds_what_is_loaded_and_takes_nothing_else_for_it(
     base: Path, tmp_path: Path, servers: list[VllmProtocol], adapters: dict[str, Path]
 ) -> None:
     first, second = client(base, tmp_path, *servers), client(base, tmp_path, *servers)
@@ -161,11 +162,51 @@ async def test_another_process_finds_what_is_loaded_and_replaces_what_is_other(
     await first.close()  # it lets go; the other still has it
     assert await second.sample(request(adapter="v1"))
     await second.close()
+    before = servers[0].folders("v1")
     third = client(base, tmp_path, *servers)
     await third.start()
     await third.load_adapter("v1", adapters["v2"])
-    assert files(Path(servers[0].served["v1"])) == files(adapters["v2"])
+    (folder,) = set(servers[0].folders("v1")) - set(before)
+    assert files(folder) == files(adapters["v2"])
     await third.close()
+
+
+async def test_runs_of_one_name_in_two_homes_share_servers_and_each_has_its_own_adapter(
+    base: Path, tmp_path: Path, servers: list[VllmProtocol], adapters: dict[str, Path]
+) -> None:
+    runs = {version: client(base, tmp_path / version, *servers) for version in adapters}
+    for version, engine in runs.items():
+        await engine.start()
+        await engine.load_adapter("v", adapters[version])
+    oracle = oracle_of(base, adapters)
+    for version, engine in runs.items():
+        sampled = await engine.sample(request("3 + 4 =", adapter="v"))
+        (output,) = sampled.outputs
+        ids, found = unpack_ids(output.token_ids), unpack_floats(output.logprobs)
+        for who in adapters:
+            off = max(abs(a - b) for a, b in zip(found, oracle(sampled.prompt_ids, ids, 1.0, who), strict=True))
+            assert (off < 1e-4) == (who == version), (version, who, off)
+    for engine in runs.values():
+        await engine.close()
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+async def test_workers_that_share_a_server_ask_its_base_model_and_its_adapters_in_turns(
+    base: Path, tmp_path: Path, servers: list[VllmProtocol], adapters: dict[str, Path], mixed: bool
+) -> None:
+    workers = [client(base, tmp_path, servers[0], mixed=mixed) for _ in range(2)]
+    for engine in workers:
+        await engine.start()
+        await engine.load_adapter("v1", adapters["v1"])
+    servers[0].mixed = False
+    calls = [
+        engine.sample(request(f"{i} + 1 =", adapter="v1" if i % 2 else None)) for i in range(12) for engine in workers
+    ]
+    async with asyncio.timeout(120):
+        assert len(await asyncio.gather(*calls)) == 24
+    assert servers[0].mixed == mixed
+    for engine in workers:
+        await engine.close()
 
 
 async def test_under_load_every_answer_is_of_its_own_adapter_while_another_comes_and_one_goes(
@@ -187,7 +228,7 @@ async def test_under_load_every_answer_is_of_its_own_adapter_while_another_comes
     await engine.unload_adapter("v1")  # those of it that are open are answered first
     with pytest.raises(EngineError, match="'v1', which is not loaded"):
         await engine.sample(request(adapter="v1"))
-    assert all("v1" in server.served for server in servers)
+    assert all(server.folders("v1") for server in servers)
     for server in servers:
         server.held.set()
     answers = {"v1": await asyncio.gather(*early), "v2": await asyncio.gather(*late)}
@@ -204,7 +245,7 @@ async def test_under_load_every_answer_is_of_its_own_adapter_while_another_comes
                     off = float((found - torch.tensor(unpack_floats(output.logprobs))).abs().max())
                     assert (off < 1e-4) == (who == name), (name, who, off)
     async with asyncio.timeout(60):
-        while any("v1" in server.served for server in servers):
+        while any(server.folders("v1") for server in servers):
             await asyncio.sleep(0.01)
     await engine.close()
 

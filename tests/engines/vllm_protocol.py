@@ -36,11 +36,12 @@ class VllmProtocol:
 
     Attributes:
         served: folders of adapters, by the name that they are loaded under.
-        stale: names whose files are taken from another folder; of a server that caches.
+        stale: adapters whose files are taken from another folder; of a server that caches.
         raw: log-probabilities are those at temperature 1, whatever the sampling's is.
         refuse_load: adapters are not taken.
         open: completions under way; ``cut`` those whose client has gone.
         asked: adapters and the base model, in the order of completions.
+        mixed: whether a completion of the base model was under way beside one of an adapter.
         held: completions wait for it.
     """
 
@@ -55,6 +56,8 @@ class VllmProtocol:
         self.fail: Refusal | None = None
         self.open = self.cut = 0
         self.asked: list[str] = []
+        self.mixed = False
+        self._under_way: list[bool] = []
         self._loading = asyncio.Lock()
         self.held = asyncio.Event()
         self.held.set()
@@ -63,6 +66,10 @@ class VllmProtocol:
         self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         return self.url
+
+    def folders(self, adapter: str) -> list[Path]:
+        """Those that an adapter is served from, whatever name the client gave it there."""
+        return [Path(folder) for name, folder in self.served.items() if name.startswith(f"{adapter}-")]
 
     async def close(self) -> None:
         assert self._server is not None
@@ -152,7 +159,7 @@ class VllmProtocol:
         async with self._loading:  # one after another, as vLLM does
             if name in self.served:
                 raise Refusal(400, f"The lora adapter '{name}' has already been loaded.")
-            await self._engine.load_adapter(self._inner(name), Path(self.stale.get(name, folder)))
+            await self._engine.load_adapter(self._inner(name), Path(self.stale.get(name.partition("-")[0], folder)))
             self.served[name] = folder
         return f"Success: LoRA adapter '{name}' added successfully."
 
@@ -163,6 +170,14 @@ class VllmProtocol:
         if body.get("n", 1) > 1 and body["temperature"] == 0:
             raise Refusal(400, "n must be 1 when using greedy sampling")
         self.asked.append(model)
+        self._under_way.append(model == "base")
+        self.mixed = self.mixed or len(set(self._under_way)) > 1
+        try:
+            return await self._completed(body, model, prompt)
+        finally:
+            self._under_way.remove(model == "base")
+
+    async def _completed(self, body: dict[str, Any], model: str, prompt: Any) -> dict[str, Any]:
         await self.held.wait()
         adapter = None if model == "base" else self._inner(model)
         if "prompt_logprobs" in body:
