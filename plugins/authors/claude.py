@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
+from msgspec import structs
 
 from bascule.plugins.authors.clusters import evidence_text
 from bascule.plugins.authors.trials import fold, trial_call
-from bascule.plugins.models.endpoint import Endpoint, ask, check_ready, parameters
+from bascule.plugins.models.endpoint import OVER_CONTEXT, Endpoint, ask, check_ready, parameters
 from bascule.plugins.models.messages import (
     Ended,
     Message,
@@ -204,7 +205,9 @@ class Claude:
         """
         if not isinstance(call, CallModel):
             raise ModelError("The author claude makes calls to models only.", next_step="Report this as a fault.")
-        return await ask(self.params, call.request)
+        performed = await ask(self.params, call.request)
+        # No pause: what is written by then is proposed, since nothing shorter would be asked the next time.
+        return structs.replace(performed, pause=None) if performed.stop_reason == OVER_CONTEXT else performed
 
     def edits_left(self, harness: Harness, tried: Sequence[str]) -> int | None:
         """Nobody can say."""
@@ -213,6 +216,8 @@ class Claude:
 
     def _limit(self, asked: Sequence[ModelCalled]) -> str | None:
         """Which limit is reached; None if none is."""
+        if asked and asked[-1].stop_reason == OVER_CONTEXT:
+            return f"the limit of its model's context after {len(asked)} calls"
         if len(asked) >= self.params.calls:
             return f"its {self.params.calls} calls"
         spent = sum(r.input_tokens + r.cache_read_tokens + r.cache_write_tokens + r.output_tokens for r in asked)

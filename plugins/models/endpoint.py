@@ -6,7 +6,7 @@ import os
 import re
 from importlib.util import find_spec
 from ipaddress import IPv4Address
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Final, Literal, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
@@ -37,10 +37,20 @@ _TOO_LONG = (
 )
 
 
+#: Why an answer ended, or there is none: what was asked, and it, do not fit into the model's context.
+OVER_CONTEXT: Final = "model_context_window_exceeded"
+
+
 class TooLong(ModelError):
     """What was asked is longer than the model or its endpoint takes."""
 
     code = "bascule.model.too_long"
+
+
+class Refused(ModelError):
+    """The endpoint does not take what was asked, as it was asked."""
+
+    code = "bascule.model.refused"
 
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=3600)]
@@ -217,7 +227,8 @@ async def ask(endpoint: Endpoint, request: dict[str, Any]) -> Performed:
     """Ask the model of an endpoint.
 
     Returns:
-        The answer; ``pause`` says so where it was refused or cut off, since nothing can be made of it then.
+        The answer; ``pause`` says so where it was refused or cut off, since nothing can be made of it then. Where the
+        endpoint refuses the request as too long, an empty one whose ``stop_reason`` is :data:`OVER_CONTEXT`.
 
     Raises:
         ModelError: there is no answer.
@@ -228,7 +239,11 @@ async def ask(endpoint: Endpoint, request: dict[str, Any]) -> Performed:
         from bascule.plugins.models.anthropic import ask as asking
     else:
         from bascule.plugins.models.openai import ask as asking
-    performed = await asking(endpoint, key_of(endpoint), request)
+    try:
+        performed = await asking(endpoint, key_of(endpoint), request)
+    except TooLong as error:
+        answer = {"content": [], "stop_reason": OVER_CONTEXT, "error": error.message}
+        performed = Performed(answer=answer, stop_reason=OVER_CONTEXT)
     if len(msgspec.json.encode(performed.answer)) > MOST_ANSWER:
         answer = {**performed.answer, "content": [], "stop_reason": "too_large"}
         performed = msgspec.structs.replace(performed, answer=answer, stop_reason="too_large")
@@ -247,7 +262,7 @@ def unusable(endpoint: Endpoint, stop_reason: str | None) -> str | None:
         case "too_large":
             what = f"The answer of {endpoint.said} is over {MOST_ANSWER} bytes; what it said is not kept."
             step = "`bascule resume RUN` asks again; start with a lower max_tokens if that does not help."
-        case "model_context_window_exceeded":
+        case _ if stop_reason == OVER_CONTEXT:
             what = f"What was asked does not fit into the context of {endpoint.said}."
             step = "Choose a model with a larger one, or fewer calls and less evidence."
         case _:
@@ -263,7 +278,7 @@ def failure(endpoint: Endpoint, key: str, status: int | None, said: str) -> Mode
         said: by the endpoint or by the connection; quoted without the key.
 
     Returns:
-        A :class:`TooLong` where the length of the request is why.
+        A :class:`TooLong` where the length of the request is why, a :class:`Refused` where anything else in it is.
     """
     quoted = " ".join((said.replace(key, "[key]") if key != NO_KEY else said).split())[:_QUOTED].rstrip(".")
     resume = "then `bascule resume RUN`"
@@ -288,7 +303,8 @@ def failure(endpoint: Endpoint, key: str, status: int | None, said: str) -> Mode
         case _:
             what = f"{endpoint.said} refuses the request (status {status}): {quoted}."
             step = f"Correct what it names, {resume}."
-    return (TooLong if too_long(status, said) else ModelError)(what, next_step=step)
+    kind = TooLong if too_long(status, said) else Refused if status in (400, 422) else ModelError
+    return kind(what, next_step=step)
 
 
 def out_of_time(endpoint: Endpoint, failed: str) -> ModelError:

@@ -13,17 +13,16 @@ from typing import Annotated, Any
 import msgspec
 
 from bascule.plugins.engine import Engine, EngineInfo, Sampled, SampleRequest, before_stop
-from bascule.plugins.models.endpoint import Endpoint, TooLong, ask, check_endpoint, check_ready
+from bascule.plugins.models.endpoint import OVER_CONTEXT, Endpoint, Refused, ask, check_endpoint, check_ready
 from bascule.plugins.params import read_params
 from bascule.plugins.policy import Performed
-from bascule.runtime.engines.refusals import no_adapters, not_started
-from bascule.runtime.engines.remote import Calls, target_model
+from bascule.runtime.engines.refusals import no_adapters, not_started, refused_prompt
+from bascule.runtime.engines.remote import HELLO, HELLO_TOKENS, Calls, target_model
 from bascule.schemas.errors import EngineError, ModelError, PromptError
 from bascule.schemas.trajectory import Output
 
 #: What the API takes; a request for a higher temperature gets this one.
 _HOTTEST = 1.0
-_SHORTER = "Shorten the prompt or lower max_tokens."
 
 
 class Params(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -111,17 +110,25 @@ class AnthropicEngine:
     async def _ask(self, message: dict[str, Any]) -> Performed:
         try:
             answer = await ask(self._endpoint, message)
-        except TooLong as error:
-            raise PromptError(error.message, next_step=_SHORTER) from error
         except ModelError as error:
+            if isinstance(error, Refused) and await self._takes_plain(message):
+                raise refused_prompt(error) from error
             raise EngineError(error.message, next_step=error.next_step) from error
         # An answer that is cut off is one of its length; one that is refused is an answer, and scored as such.
-        if answer.stop_reason == "model_context_window_exceeded":
-            raise PromptError(
-                f"The prompt does not fit into the context of {self._endpoint.said}.",
-                next_step=_SHORTER,
-            )
+        if answer.stop_reason == OVER_CONTEXT:
+            said = answer.answer.get("error") or f"The prompt does not fit into the context of {self._endpoint.said}."
+            raise PromptError(said, next_step="Shorten the prompt or lower max_tokens.")
         return answer
+
+    async def _takes_plain(self, message: dict[str, Any]) -> bool:
+        """Whether the endpoint answers a plain question, asked as this message is as far as a configuration says."""
+        configured: dict[str, Any] = {k: message[k] for k in ("model", "temperature") if k in message}
+        plain = [{"role": "user", "content": HELLO}]
+        try:
+            await ask(self._endpoint, {**configured, "max_tokens": HELLO_TOKENS, "messages": plain})
+        except ModelError:
+            return False
+        return True
 
     def _message(self, request: SampleRequest) -> dict[str, Any]:
         prompt, sampling = request.prompt, request.sampling

@@ -17,13 +17,16 @@ from bascule.plugins.models.endpoint import check_url
 from bascule.plugins.params import read_params
 from bascule.runtime.engines.form import plain
 from bascule.runtime.engines.presets import preset_of
-from bascule.runtime.engines.refusals import no_adapters, not_started
-from bascule.runtime.engines.remote import Calls, target_model
-from bascule.runtime.engines.wire import Wire, read_key
+from bascule.runtime.engines.refusals import no_adapters, not_started, refused_prompt
+from bascule.runtime.engines.remote import HELLO, HELLO_TOKENS, Calls, target_model
+from bascule.runtime.engines.wire import Missing, Refused, Wire, read_key
 from bascule.schemas.errors import ConfigError, EngineError
 from bascule.schemas.trajectory import Output, Sampling, pack_floats, pack_ids
 
-_HELLO = "Say yes."
+_PLAIN = {"messages": [{"role": "user", "content": HELLO}]}
+#: What OpenAI takes at most: answers of one call, and stop strings; further ones are looked for in what it answers.
+_MOST_ANSWERS = 128
+_MOST_STOPS = 4
 
 
 class Params(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -151,11 +154,11 @@ class OpenAIEngine:
             raise no_adapters("openai", request.adapter)
         # Some endpoints take no n > 1 where the answer is greedy.
         greedy = self.params.temperature and request.sampling.temperature == 0
-        if self.params.many and not greedy:
-            answers = [await self._calls.run(partial(self._ask, request, request.n, request.seed))]
-        else:
-            seeds = range(request.seed, request.seed + request.n)
-            answers = await self._calls.all(partial(self._ask, request, 1, seed) for seed in seeds)
+        most = _MOST_ANSWERS if self.params.many and not greedy else 1
+        answers = await self._calls.all(
+            partial(self._ask, request, min(most, request.n - before), request.seed + before)
+            for before in range(0, request.n, most)
+        )
         outputs = tuple(self._output(c, request.sampling) for a in answers for c in a.choices)
         if len(outputs) != request.n:
             raise EngineError(
@@ -176,7 +179,7 @@ class OpenAIEngine:
             "seed": seed % 2**31,
             **({"temperature": sampling.temperature} if self.params.temperature else {}),
             # Of a model that thinks they are for the answer alone, and so looked for afterwards.
-            **({"stop": list(sampling.stop)} if sampling.stop and not self._preset.thinking_ends else {}),
+            **({"stop": list(sampling.stop[:_MOST_STOPS])} if sampling.stop and not self._preset.thinking_ends else {}),
             **({"return_token_ids": True} if self._ids else {}),
         }
         if isinstance(request.prompt, str):
@@ -185,7 +188,20 @@ class OpenAIEngine:
             body["messages"] = plain(request.prompt)
         if self._logprobs:
             body["logprobs"] = True if chat else 1  # there a number: of the likeliest tokens beside the sampled one
-        return await self._post("chat/completions" if chat else "completions", body, sampling.max_tokens)
+        try:
+            return await self._post("chat/completions" if chat else "completions", body, sampling.max_tokens)
+        except Refused as error:
+            configured: dict[str, Any] = {k: body[k] for k in ("n", "seed", "temperature") if k in body}
+            if (chat and isinstance(error, Missing)) or not await self._takes({**configured, **_PLAIN}):
+                raise
+            raise refused_prompt(error) from error
+
+    async def _takes(self, body: dict[str, Any]) -> bool:
+        try:
+            await self._post("chat/completions", body, HELLO_TOKENS)
+        except EngineError:
+            return False
+        return True
 
     async def _post(self, path: str, body: dict[str, Any], most: int) -> _Answer:
         assert self._wire is not None
@@ -203,15 +219,13 @@ class OpenAIEngine:
 
     async def _capabilities(self) -> _Answer:
         """A first answer, asked for all that an endpoint may give; one that refuses to is asked for less."""
-        body: dict[str, Any] = {"messages": [{"role": "user", "content": _HELLO}]}
-        wishes: tuple[dict[str, Any], ...] = ({"logprobs": True, "return_token_ids": True}, {})
-        for wish in wishes[:-1]:
-            try:
-                return await self._post("chat/completions", {**body, **wish}, 16)
-            except EngineError as error:
-                if " answered 400" not in error.message and " answered 422" not in error.message:
-                    raise
-        return await self._post("chat/completions", body, 16)
+        wishes = {"logprobs": True, "return_token_ids": True}
+        try:
+            return await self._post("chat/completions", {**_PLAIN, **wishes}, HELLO_TOKENS)
+        except Refused as error:
+            if isinstance(error, Missing):
+                raise
+            return await self._post("chat/completions", _PLAIN, HELLO_TOKENS)
 
     def _output(self, choice: _Choice, sampling: Sampling) -> Output:
         text = choice.message.content or "" if choice.message is not None else choice.text or ""

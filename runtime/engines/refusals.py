@@ -51,6 +51,11 @@ def not_loaded(who: str, adapter: str, loaded: Iterable[str]) -> EngineError:
     )
 
 
+def refused_prompt(error: BasculeError) -> PromptError:
+    """Of a call that an endpoint refused, although it takes a plain one: what was asked of it is to blame."""
+    return PromptError(error.message, next_step="Ask otherwise; the endpoint answers a plain question.")
+
+
 def caller(request: SampleRequest) -> str:
     """Who asks, for a message."""
     return f"Call {request.call} of {request.trajectory!r}"

@@ -12,6 +12,13 @@ from bascule.runtime.engines.refusals import closed
 from bascule.trainers.base_model import DEFAULT_MODEL
 
 T = TypeVar("T")
+#: The engines whose model is a name at somebody's endpoint.
+REMOTE = ("anthropic", "openai")
+#: Hosts of URLs that are this machine.
+LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
+#: A question that every endpoint takes, and most tokens of its answer.
+HELLO = "Say yes."
+HELLO_TOKENS = 16
 
 
 class Calls:
@@ -33,6 +40,8 @@ class Calls:
             async with self._room:
                 return await work()
 
+        if self._closed:
+            raise closed()
         task = self.begin(in_turn())
         try:
             return await task
@@ -82,7 +91,7 @@ def target_model(engine: str, params: Mapping[str, Any], model: str) -> str | No
         params: of the engine.
         model: the run's.
     """
-    if engine not in ("anthropic", "openai"):
+    if engine not in REMOTE:
         return None
     named: str | None = params.get("model")
     if named:

@@ -22,6 +22,18 @@ _CONNECT_SECONDS = 10.0
 _SAID = 600
 
 
+class Refused(EngineError):
+    """The server does not take what was asked."""
+
+    code = "bascule.engine.refused"
+
+
+class Missing(Refused):
+    """The server has no such path, or no such model."""
+
+    code = "bascule.engine.missing"
+
+
 class Unreachable(EngineError):
     """Nothing answered at the address."""
 
@@ -93,6 +105,7 @@ class Wire:
 
         Raises:
             PromptError: the prompt is refused as too long.
+            Refused: anything else in the request is, or its path.
             Unreachable: nothing answers there, or not in time.
             EngineError: any other refusal or failure, in the server's words, save for one of the key; or what is said
                 to be JSON is none.
@@ -146,9 +159,9 @@ def refused(url: str, status: int, said: str) -> EngineError:
     if too_long(status, said):
         return PromptError(what, next_step="Shorten the prompt or lower max_tokens.")
     if status in (400, 422):
-        return EngineError(what, next_step="The server does not take this request; see its log.")
-    if status == 404:
-        return EngineError(what, next_step="Correct engine.params.url or the model's name, or load what is missing.")
+        return Refused(what, next_step="The server does not take this request; see its log.")
+    if status in (404, 405):
+        return Missing(what, next_step="Correct engine.params.url or the model's name, or load what is missing.")
     if status == 429:
         return EngineError(what, next_step="Wait until the endpoint's limit allows more, then `bascule resume RUN`.")
     return EngineError(what, next_step="Look at the server's log, then `bascule resume RUN`.")

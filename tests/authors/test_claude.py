@@ -27,7 +27,7 @@ from bascule.plugins.tasks.harness_files import manifest_text
 from bascule.schemas.errors import ConfigError
 from bascule.schemas.events import ModelCalled, ToolCalled
 from bascule.schemas.harness import HarnessManifest, make_harness
-from tests.models.server import message, text, use
+from tests.models.server import KEY, Fault, in_turn, message, serving, text, use
 
 SOLVE = "def solve(example, model, tools, context):\n    return '7'\n"
 HARNESS = make_harness(
@@ -201,6 +201,27 @@ def test_at_a_limit_with_nothing_usable_there_is_no_edit(written: dict[str, Any]
     played = Played(message(written), params={"calls": 1})
     assert isinstance(played.end, NoEdit)
     assert reason in played.end.reason
+
+
+def test_where_nothing_more_fits_into_the_context_what_is_written_is_proposed() -> None:
+    full = message(stop_reason="model_context_window_exceeded", input_tokens=0, output_tokens=0)
+    played = Played(message(WRITE), full)
+    assert isinstance(played.end, HarnessEdit)
+    assert played.end.edit.startswith("unfinished at the limit of its model's context after 2 calls")
+    assert len(played.asked) == 2
+    played = Played(full)
+    assert isinstance(played.end, NoEdit)
+    assert "had written nothing" in played.end.reason
+
+
+async def test_a_request_that_is_too_long_does_not_pause_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODEL_TEST_KEY", KEY)
+    with serving(in_turn(Fault(400, "prompt is too long: 210000 tokens > 200000 maximum"))) as server:
+        author = make({"base_url": server.url, "key_env": "MODEL_TEST_KEY", "max_retries": 0})
+        call = author.step(seen(), [])
+        assert isinstance(call, CallModel)
+        performed = await author.perform(call)
+    assert (performed.stop_reason, performed.pause) == ("model_context_window_exceeded", None)
 
 
 def test_tokens_have_a_limit() -> None:

@@ -370,6 +370,67 @@ async def test_log_probabilities_of_a_text_prompt_are_asked_for_and_recorded_as_
     assert unpack_floats(output.logprobs) == [-0.5, -1.0]
 
 
+@pytest.mark.parametrize("make", [claude, compatible])
+async def test_what_an_endpoint_refuses_of_one_prompt_is_the_prompt_s_and_of_any_it_is_the_endpoint_s(
+    make: Callable[[Server], Engine],
+) -> None:
+    broken = False
+
+    def script(asked: dict[str, Any], _: int) -> dict[str, Any] | Fault:
+        if "strange" in str(asked["messages"]) or broken:
+            return Fault(400, "The content filter was triggered.")
+        return message(text("25")) if make is claude else completion("25")
+
+    with serving(script) as server:
+        engine = make(server)
+        await engine.start()
+        with pytest.raises(PromptError, match="content filter"):
+            await engine.sample(request(("user", "a strange case")))
+        assert (await engine.sample(request())).outputs[0].text == "25"
+        broken = True
+        with pytest.raises(EngineError, match="content filter") as caught:
+            await engine.sample(request(("user", "a strange case")))
+        assert not isinstance(caught.value, PromptError)
+        await engine.close()
+
+
+async def test_a_text_prompt_is_refused_by_an_endpoint_that_has_chats_alone() -> None:
+    here = True
+
+    def script(asked: dict[str, Any], _: int) -> dict[str, Any] | Fault:
+        return Fault(404, "This is a chat model") if "prompt" in asked or not here else completion("yes")
+
+    with serving(script) as server:
+        engine = compatible(server)
+        await engine.start()
+        asked = SampleRequest(**{**_fields(request()), "prompt": "12 + 13 ="})
+        with pytest.raises(PromptError, match="answered 404: This is a chat model"):
+            await engine.sample(asked)
+        here = False
+        with pytest.raises(EngineError, match="answered 404") as caught:
+            await engine.sample(asked)
+        assert not isinstance(caught.value, PromptError)
+        await engine.close()
+
+
+async def test_more_answers_and_stop_strings_than_an_endpoint_takes_at_once_are_had_all_the_same() -> None:
+    def script(asked: dict[str, Any], _: int) -> dict[str, Any] | Fault:
+        if len(asked.get("stop", ())) > 4 or asked.get("n", 1) > 128:
+            return Fault(400, "too many")
+        return {
+            **(many := completion("one two six")),
+            "choices": [{**many["choices"][0], "index": i} for i in range(asked.get("n", 1))],
+        }
+
+    with serving(script) as server:
+        engine = compatible(server)
+        await engine.start()
+        sampled = await engine.sample(request(n=300, stop=("a", "b", "c", "d", "six", "f")))
+        await engine.close()
+    assert [o.text for o in sampled.outputs] == ["one two "] * 300
+    assert len({sent["seed"] for sent in server.requests[1:]}) == 3
+
+
 CONTEXT = 400
 ANSWER = "A bascule has two arms."
 

@@ -13,7 +13,7 @@ import pytest
 
 from bascule.plugins.models import attempts
 from bascule.plugins.models.anthropic import cached
-from bascule.plugins.models.endpoint import Endpoint, TooLong, ask, check_endpoint, check_ready, check_url
+from bascule.plugins.models.endpoint import OVER_CONTEXT, Endpoint, Refused, ask, check_endpoint, check_ready, check_url
 from bascule.plugins.models.messages import NO_JSON, call_of, tool
 from bascule.plugins.models.openai import translated
 from bascule.plugins.policy import Performed
@@ -209,19 +209,33 @@ async def test_a_key_that_no_header_takes_is_refused_by_its_variable(
 @pytest.mark.parametrize(
     ("fault", "kind"),
     [
-        (Fault(400, "prompt is too long: 210000 tokens > 200000 maximum"), TooLong),
-        (Fault(400, "input length and `max_tokens` exceed context limit: 190000 + 20000 > 200000"), TooLong),
-        (Fault(413, "Request exceeds the maximum size"), TooLong),
-        (Fault(400, "messages: too strange"), ModelError),
+        (Fault(400, "messages: too strange"), Refused),
         (Fault(404, "too long"), ModelError),
     ],
 )
-async def test_what_is_too_long_is_told_apart(provider: str, fault: Fault, kind: type[ModelError]) -> None:
+async def test_what_is_refused_is_told_apart(provider: str, fault: Fault, kind: type[ModelError]) -> None:
     with serving(in_turn(fault)) as server:
         made = endpoint(server, provider)
         with pytest.raises(ModelError) as error:
             await ask(made, request_of(made))
     assert type(error.value) is kind
+
+
+@pytest.mark.parametrize("provider", ["anthropic", "openai"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(400, "prompt is too long: 210000 tokens > 200000 maximum"),
+        Fault(400, "input length and `max_tokens` exceed context limit: 190000 + 20000 > 200000"),
+        Fault(413, "Request exceeds the maximum size"),
+    ],
+)
+async def test_what_is_refused_as_too_long_is_an_answer_that_says_so(provider: str, fault: Fault) -> None:
+    performed, _ = await asked(in_turn(fault), provider)
+    assert performed.stop_reason == OVER_CONTEXT
+    assert fault.message in performed.answer["error"]
+    assert performed.pause is not None
+    assert "does not fit into the context" in performed.pause
 
 
 @pytest.mark.parametrize("provider", ["anthropic", "openai"])
