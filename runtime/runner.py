@@ -27,6 +27,7 @@ from bascule.runtime.log.protocol import EventLog, Fence, NewEvent
 from bascule.runtime.notary import NAME as NOTARY
 from bascule.runtime.notary import notarised
 from bascule.runtime.redaction import Redaction
+from bascule.runtime.services.inference import Engines
 from bascule.runtime.state import RunState
 from bascule.runtime.world import World, world_of
 from bascule.schemas.envelope import Draft, Producer, Recorded
@@ -92,6 +93,7 @@ class View:
         self.logger = logger if logger is not None else structlog.get_logger()
         self.state = RunState(run=run)
         self.listeners: list[Callable[[Recorded], None]] = []
+        self.engines = Engines()
         self._producer = producer
         self._world: World | None = None
         self._changed = asyncio.Condition()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from bascule.plugins.engine import CAPABILITIES, Engine, EngineInfo, Sampled, SampleRequest, Scoring
 from bascule.runtime.services.adapter_probe import NotServed, probe_served
@@ -126,10 +129,11 @@ async def start_engine(view: View, engine: Engine, choice: PluginChoice) -> Engi
         check_trainable(view.world, [name for name in CAPABILITIES if not getattr(info, name)])
     if choice == config.engine:
         check_counted(config, info)
-    if choice == config.engine and started is not None and info.model_digest not in ("", started.model_digest):
+    recorded = started.model_digest if started is not None and choice == config.engine else ""
+    if recorded and info.model_digest not in ("", recorded):
         raise EngineError(
             f"The model {config.model!r} is not the one that {view.run} started with "
-            f"(digest {info.model_digest}, recorded {started.model_digest}).",
+            f"(digest {info.model_digest}, recorded {recorded}).",
             next_step="Put the recorded model back; a run keeps its model.",
         )
     view.logger.info("engine.started", engine=info.name, model=info.model, versions=info.versions)
@@ -176,6 +180,51 @@ async def load_adapter(
     return None
 
 
+@dataclass
+class _Held:
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    engine: Engine | None = None
+    info: EngineInfo | None = None
+    users: set[int] = field(default_factory=set)
+
+
+class Engines:
+    """The engines of a process: services that ask for the same one share it, so that a model has memory once."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, _Held] = {}
+
+    async def take(self, view: View, choice: PluginChoice, user: object) -> tuple[Engine, EngineInfo]:
+        """The engine of a choice, started for the first who takes it; it is closed when its last user leaves.
+
+        Raises:
+            EngineError, ConfigError: as :func:`start_engine`.
+        """
+        held = self._held.setdefault(msgspec.json.encode(choice, order="sorted").decode(), _Held())
+        async with held.lock:
+            if held.engine is None or held.info is None:
+                engine = made_engine(view, choice)
+                try:
+                    held.info = await start_engine(view, engine, choice)
+                except BaseException:
+                    await engine.close()
+                    raise
+                held.engine = engine
+            held.users.add(id(user))
+            return held.engine, held.info
+
+    async def leave(self, user: object) -> None:
+        """Close all engines that nobody else uses."""
+        for held in list(self._held.values()):
+            async with held.lock:
+                if id(user) not in held.users:
+                    continue
+                held.users.discard(id(user))
+                if not held.users and held.engine is not None:
+                    engine, held.engine, held.info = held.engine, None, None
+                    await engine.close()
+
+
 class EngineOnDemand:
     """The run's engine for whoever may not need it: a model is loaded, and an adapter, when it is asked for.
 
@@ -198,8 +247,7 @@ class EngineOnDemand:
         async with self._lock:
             if self._engine is None or self._info is None:
                 choice = self._view.world.config.engine
-                self._engine = made_engine(self._view, choice)
-                self._info = await start_engine(self._view, self._engine, choice)
+                self._engine, self._info = await self._view.engines.take(self._view, choice, self)
             return self._info
 
     @property
@@ -208,10 +256,9 @@ class EngineOnDemand:
         return self._info.versions.get("device", "") if self._info is not None else ""
 
     async def close(self) -> None:
-        engine, self._engine, self._info = self._engine, None, None
+        self._engine = self._info = None
         self._loaded.clear()
-        if engine is not None:
-            await engine.close()
+        await self._view.engines.leave(self)
 
     async def load_adapter(self, name: str, folder: Path) -> None:
         await self.start()

@@ -18,7 +18,7 @@ from bascule.runtime.episodes.batch import Batch, batch_of
 from bascule.runtime.episodes.broker import EpisodeSpec, MakeTools, run_episode
 from bascule.runtime.episodes.pool import HarnessPool
 from bascule.runtime.metering import Meter
-from bascule.runtime.services.inference import load_adapter, made_engine, served_name, start_engine
+from bascule.runtime.services.inference import load_adapter, served_name
 from bascule.runtime.services.probing import probed
 from bascule.runtime.services.waiting import told_of_waiting
 from bascule.runtime.state import RunState
@@ -104,7 +104,6 @@ class Rollout:
 
     def __init__(self, episodes: Callable[[World], AbstractAsyncContextManager[Episodes]] = harness_processes) -> None:
         self._episodes = episodes
-        self._engines: dict[str, Engine] = {}
         self._devices: dict[int, str] = {}
         self._meter: Meter | None = None
         self._loaded: dict[tuple[str, str], asyncio.Task[None]] = {}
@@ -116,7 +115,7 @@ class Rollout:
         self._meter = Meter(view.clock)
         async with contextlib.AsyncExitStack() as stack:
             episodes = await stack.enter_async_context(self._episodes(view.world))
-            stack.push_async_callback(self._close)
+            stack.push_async_callback(self._close, view)
             stack.enter_context(told_of_waiting(view.logger))
             if isinstance(episodes, HarnessEpisodes):
                 await probed(view, NAME, episodes.report)
@@ -124,23 +123,16 @@ class Rollout:
             shard = partial(self._shard, view, episodes)
             await work_off(view, NAME, f"bascule.{view.run}.episodes.*.requested", shard, slots=SHARDS_IN_FLIGHT)
 
-    async def _close(self) -> None:
+    async def _close(self, view: View) -> None:
         for loading in self._loaded.values():
             loading.cancel()
         await asyncio.gather(*self._loaded.values(), return_exceptions=True)
-        for engine in self._engines.values():
-            await engine.close()
+        await view.engines.leave(self)
 
     async def _engine(self, view: View, choice: PluginChoice | None) -> Engine:
-        config = view.world.config
-        choice = choice or config.engine
-        key = msgspec.json.encode(choice, order="sorted").decode()
-        if key not in self._engines:
-            engine = made_engine(view, choice)
-            self._engines[key] = engine
-            info = await start_engine(view, engine, choice)
-            self._devices[id(engine)] = info.versions.get("device", "")
-        return self._engines[key]
+        engine, info = await view.engines.take(view, choice or view.world.config.engine, self)
+        self._devices[id(engine)] = info.versions.get("device", "")
+        return engine
 
     async def _serve_adapter(self, view: View, engine: Engine, adapter: str) -> None:
         """Load an adapter once, and record that before the first episode runs with it."""

@@ -82,14 +82,18 @@ class Adding(Arith):
 
 
 class Counted(ConstantEngine):
-    """Counts how often it is made and started, and fails for trials where it is told to."""
+    """Counts how often it is made, started and closed, and fails for trials where it is told to."""
 
-    made = started = 0
+    made = started = closed = 0
     failing = False
 
     async def start(self) -> EngineInfo:
         Counted.started += 1
         return await super().start()
+
+    async def close(self) -> None:
+        Counted.closed += 1
+        await super().close()
 
     async def sample(self, request: SampleRequest) -> Sampled:
         if Counted.failing and "author" in request.trajectory:
@@ -109,6 +113,7 @@ def adding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.engines.items, "constant", engine)
     monkeypatch.setattr(Counted, "made", 0)
     monkeypatch.setattr(Counted, "started", 0)
+    monkeypatch.setattr(Counted, "closed", 0)
     monkeypatch.setattr(Counted, "failing", False)
 
 
@@ -131,7 +136,7 @@ async def started(make_view: Make, author: str, params: dict[str, Any], generati
     values = {**SMALL, "author": {"name": author, "params": params}, "max_generations": generations}
     begin = preflight(configure(values, [], plugins()), plugins())
     await make_view(log).append("cli", [Draft(subject=subjects.run_started(RUN), step=0, data=begin)])
-    Counted.made = Counted.started = 0
+    Counted.made = Counted.started = Counted.closed = 0
     return log
 
 
@@ -177,7 +182,7 @@ async def test_the_tuner_improves_a_harness_by_real_trials_and_a_replay_makes_no
     assert any(g.generation == 1 for g in of(events, ev.CandidatePromoted))
     sealed = of(events, ev.RunCompleted)[0].sealed
     assert sealed.after > sealed.before
-    assert Counted.made == 1, "a harness that asks no model needs no second engine"
+    assert Counted.made == 1, "a harness that asks no model needs no engine but rollout's"
     assert replay(RUN, events, plugins()).differences == ()
     same, other = forked(events), forked(events, params={"trials": TRIALS, "positions": 15})
     assert same.stopped_at is None, "a fork that asks for the same trials takes them from the log"
@@ -292,7 +297,7 @@ async def test_a_request_that_nobody_can_try_is_the_calls_error(
     assert all("no request for a trial" in (c.error or "") for c in calls[5:])
 
 
-async def test_a_trial_whose_harness_asks_the_model_gets_an_engine_and_two_alike_get_one(
+async def test_trials_whose_harness_asks_the_model_share_the_engine_of_rollout(
     make_view: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = {"files": {"harness.py": ASKS}, "positions": list(range(20)), "samples": 1}
@@ -303,7 +308,7 @@ async def test_a_trial_whose_harness_asks_the_model_gets_an_engine_and_two_alike
     sevens = sum(public.answers[public.train[p].id] == "7" for p in range(20))
     assert found.score == pytest.approx(sevens / 20), "the engine answers 7"
     assert found.errors == 0
-    assert (Counted.made, Counted.started) == (2, 2)
+    assert (Counted.made, Counted.started, Counted.closed) == (1, 1, 1)
 
 
 async def test_an_engine_that_fails_stops_the_service_and_leaves_the_trial_to_be_made(
