@@ -9,7 +9,7 @@ from __future__ import annotations
 import array
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
@@ -90,10 +90,18 @@ class ToolCall(msgspec.Struct, frozen=True, kw_only=True, tag="tool", omit_defau
     error: str | None = None
 
 
-class Note(msgspec.Struct, frozen=True, kw_only=True, tag="note"):
-    """An intermediate output or a retry that the harness reported."""
+REFUSED: Final = "The model refused a prompt: "
+
+
+class Note(msgspec.Struct, frozen=True, kw_only=True, tag="note", omit_defaults=True):
+    """An intermediate output or a retry that the harness reported, or a call that the model refused.
+
+    ``refused`` is the digest of what was asked in that call, as ``asked`` of :class:`ModelCall`; its text begins with
+    :data:`REFUSED`.
+    """
 
     text: str
+    refused: str = ""
 
 
 Step = ModelCall | ToolCall | Note

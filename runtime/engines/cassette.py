@@ -14,9 +14,9 @@ import msgspec
 
 from bascule.plugins.engine import Engine, EngineInfo, Sampled, SampleRequest, asked
 from bascule.schemas.codec import decode
-from bascule.schemas.errors import BasculeError, ConfigError, EngineError
+from bascule.schemas.errors import BasculeError, ConfigError, EngineError, PromptError
 from bascule.schemas.events import TrajectoryLogged
-from bascule.schemas.trajectory import ModelCall, unpack_ids
+from bascule.schemas.trajectory import REFUSED, ModelCall, Note, unpack_ids
 
 
 class CassetteEngine:
@@ -24,7 +24,7 @@ class CassetteEngine:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._calls: dict[tuple[str, int], ModelCall] = {}
+        self._calls: dict[tuple[str, int], ModelCall | Note] = {}
         digest = hashlib.blake2b(digest_size=16)
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
@@ -32,16 +32,16 @@ class CassetteEngine:
                 self._calls |= self._read(number, line.rstrip(b"\n"))
         self._digest = digest.hexdigest()
 
-    def _read(self, number: int, payload: bytes) -> dict[tuple[str, int], ModelCall]:
+    def _read(self, number: int, payload: bytes) -> dict[tuple[str, int], ModelCall | Note]:
         try:
             data = decode(number, msgspec.json.decode(payload, type=_Subject).subject, payload).data
             if not isinstance(data, TrajectoryLogged):
                 return {}
             if data.body is None:
                 raise ValueError("its trajectory is in a blob, and only those up to 64 KiB can be replayed")
-            calls = [s for s in data.body.steps if isinstance(s, ModelCall)]
-            for call in calls:
-                unpack_ids(call.prompt_ids)
+            calls = [s for s in data.body.steps if isinstance(s, ModelCall) or (isinstance(s, Note) and s.refused)]
+            for prompt in (call.prompt_ids for call in calls if isinstance(call, ModelCall)):
+                unpack_ids(prompt)
         except (msgspec.DecodeError, BasculeError, ValueError, RecursionError) as e:
             reason = e.message if isinstance(e, BasculeError) else str(e)
             raise ConfigError(
@@ -69,11 +69,13 @@ class CassetteEngine:
                 f"The cassette {self._path} holds no answer for call {request.call} of {request.trajectory}.",
                 next_step="Record a run with the same configuration.",
             )
-        if call.asked != asked(request):
+        if (call.refused if isinstance(call, Note) else call.asked) != asked(request):
             raise EngineError(
                 f"The cassette {self._path} holds another question under call {request.call} of {request.trajectory}.",
                 next_step="Record a run with the same configuration.",
             )
+        if isinstance(call, Note):
+            raise PromptError(call.text.removeprefix(REFUSED))
         return Sampled(prompt_ids=tuple(unpack_ids(call.prompt_ids)), outputs=call.outputs, usage=call.usage)
 
 

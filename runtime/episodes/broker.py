@@ -25,6 +25,7 @@ from bascule.runtime.redaction import Redaction, process_redaction
 from bascule.schemas.errors import BasculeError, PromptError
 from bascule.schemas.harness import Harness, HarnessManifest
 from bascule.schemas.trajectory import (
+    REFUSED,
     EpisodeError,
     ModelCall,
     Note,
@@ -240,7 +241,7 @@ class _Broker:
         except Exception as e:
             reason = self._reason(e)
             if isinstance(e, PromptError):
-                self._steps.append(Note(text=f"The model refused a prompt: {reason}"))
+                self._steps.append(Note(text=f"{REFUSED}{reason}", refused=asked(sample)))
                 return msgspec.json.encode({"error": reason})
             raise self._stop("engine", reason) from None
         # The harness is told what is recorded, so that a recording can answer in the engine's place.

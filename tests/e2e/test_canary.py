@@ -122,10 +122,8 @@ async def test_no_key_is_in_any_payload_blob_or_token_of_a_run(tmp_path: Path, l
     logged = await trajectories(recorded, FileBlobs(tmp_path / "blobs"))
     check_steps(logged)
     steps = [s for t in logged for s in t.steps]
-    assert (
-        Note(text="The model refused a prompt: [redacted:environment] may not ask with [redacted:anthropic-key]")
-        in steps
-    )
+    refused = "The model refused a prompt: [redacted:environment] may not ask with [redacted:anthropic-key]"
+    assert refused in [s.text for s in steps if isinstance(s, Note) and s.refused]
     calls = [s for s in steps if isinstance(s, ModelCall)]
     prompts = [bytes(unpack_ids(c.prompt_ids)).decode() for c in calls]
     assert "password='[redacted:named-value]' [redacted:environment]" in prompts

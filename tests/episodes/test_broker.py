@@ -14,11 +14,17 @@ import msgspec
 import pytest
 
 from bascule.plugins.engine import EngineInfo, Message, Sampled, SampleRequest, asked
+from bascule.runtime.engines import cassette
 from bascule.runtime.episodes import broker
 from bascule.runtime.episodes.broker import EpisodeSpec, Tool, call_seed, run_episode
 from bascule.runtime.episodes.pool import HarnessPool
+from bascule.schemas.codec import encode
+from bascule.schemas.envelope import Draft, Producer
 from bascule.schemas.errors import EngineError, PromptError
+from bascule.schemas.events import TrajectoryLogged
 from bascule.schemas.harness import Harness, make_harness
+from bascule.schemas.landscape import WorkMeasured
+from bascule.schemas.subjects import trajectory_logged
 from bascule.schemas.trajectory import (
     ModelCall,
     Note,
@@ -232,8 +238,40 @@ async def test_a_refused_prompt_is_the_harness_s_to_handle(pool: HarnessPool) ->
     bench = Bench(pool, CannedEngine(PromptError("The prompt is too long.")))
     trajectory = await bench("try:\n    model.complete('a')\nexcept ModelError as e:\n    return str(e)")
     assert trajectory.answer == "The prompt is too long."
-    assert trajectory.steps == (Note(text="The model refused a prompt: The prompt is too long."),)
+    refused = asked(bench.engine.requests[0])
+    assert trajectory.steps == (Note(text="The model refused a prompt: The prompt is too long.", refused=refused),)
     assert await bench.kind("return model.complete('a')[0].text") == "crash"
+
+
+async def test_a_cassette_refuses_the_prompts_that_were_refused(pool: HarnessPool, tmp_path: Path) -> None:
+    class Choosy(CannedEngine):
+        async def sample(self, request: SampleRequest) -> Sampled:
+            if request.call == 0:
+                raise PromptError("The prompt is too long.", next_step="Shorten it.")
+            return await super().sample(request)
+
+    body = "try:\n    model.complete('a')\nexcept ModelError as e:\n    return str(e) + model.complete('b')[0].text"
+    recorded = await Bench(pool, Choosy())(body)
+    assert recorded.answer == "The prompt is too long. Shorten it.1.0"
+    logged = TrajectoryLogged(
+        trajectory="g00-dev-0001-n0",
+        evaluation="g00-dev",
+        example="e",
+        position=1,
+        sample=0,
+        answer=recorded.answer,
+        error=None,
+        prompt_tokens=0,
+        output_tokens=0,
+        measured=WorkMeasured(),
+        body=recorded,
+    )
+    draft = Draft(subject=trajectory_logged("r", logged.trajectory), step=0, data=logged)
+    producer = Producer(service="rollout", version="0", hash="")
+    path = tmp_path / "cassette.jsonl"
+    path.write_bytes(encode(draft, run="r", producer=producer, time="2026-01-01T00:00:00Z", root=None) + b"\n")
+    again = await Bench(pool, cassette.make("", {"path": str(path)}))(body)
+    assert (again.answer, again.steps) == (recorded.answer, recorded.steps)
 
 
 @pytest.mark.parametrize("body", ["return None", "return 7", "return ['a']", "return b'a'", "pass"])
