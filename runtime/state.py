@@ -344,6 +344,8 @@ class RunState(msgspec.Struct, kw_only=True):
                 self.step(data.generation).lever = data
                 own = f"g{data.generation:02d}-"
                 self.calls = {session: calls for session, calls in self.calls.items() if session.startswith(own)}
+                if data.lever == "stop":
+                    self._roll_back()
             case ev.ModelCalled() | ev.ToolCalled():
                 self.calls.setdefault(data.session, []).append(data)
                 add_call(self._spent(event.envelope.step, FEEDBACK), data, TRIAL)
@@ -435,7 +437,7 @@ class RunState(msgspec.Struct, kw_only=True):
         self._roll_back()
 
     def _roll_back(self) -> None:
-        """At the end of a generation, so that nothing under way loses its parent."""
+        """At the end of a generation, or of the run, so that nothing under way loses its parent."""
         if self.rollback is not None:
             self.best, self.rollback = self.rollback, None
 

@@ -43,6 +43,9 @@ def decide(state: RunState, event: Recorded, world: World) -> list[Draft]:
             return _next_generation(state, world, data.generation + 1, event)
         case ModelCalled() | ToolCalled():
             return _after_call(state, world, data, event)
+        case LeverChosen(lever="stop") if state.best is not None and state.best not in (0, data.parent):
+            # Promotions were taken back while the choice was open: another candidate is the best.
+            return proposals.sealed(state, world, state.best, cause)
         case EvaluationCompleted(purpose="report"):
             return _complete(state, world, cause)
         case AblationRequested():

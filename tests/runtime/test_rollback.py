@@ -17,6 +17,7 @@ from bascule.runtime.cli.configuration import configure, preflight
 from bascule.runtime.cli.launch import producer
 from bascule.runtime.log.blobs import FileBlobs
 from bascule.runtime.log.memory import MemoryLog
+from bascule.runtime.log.protocol import NewEvent
 from bascule.runtime.runner import View, serve
 from bascule.runtime.services.catalog import SERVICES
 from bascule.runtime.services.inputs import tried
@@ -123,6 +124,10 @@ async def serve_until(view: View, there: Callable[[Recorded], bool]) -> None:
     assert reached.is_set()
 
 
+def again(event: Recorded) -> NewEvent:
+    return NewEvent(subject=event.subject, payload=event.payload)
+
+
 async def test_after_a_rollback_the_earlier_candidate_is_the_parent(
     make_view: Make, log: MemoryLog, roll_back: Callable[..., Any], installed: Plugins
 ) -> None:
@@ -149,6 +154,30 @@ async def test_after_a_rollback_the_earlier_candidate_is_the_parent(
     assert isinstance(state.end, ev.RunCompleted)
     assert state.end.best == 3
     assert state.digest() == view.state.digest()
+    assert audit.replay(RUN, events, installed).differences == ()
+
+
+async def test_what_is_rolled_back_before_the_stop_is_not_what_the_run_ends_with(
+    make_view: Make, log: MemoryLog, roll_back: Callable[..., Any], installed: Plugins
+) -> None:
+    whole = MemoryLog()
+    await whole.append([again(e) async for e in log.read(f"bascule.{RUN}.>")])
+    await serve(make_view(whole), list(SERVICES.values()))
+    events = [e async for e in whole.read(f"bascule.{RUN}.>")]
+    stop = next(i for i, e in enumerate(events) if isinstance(e.data, ev.LeverChosen) and e.data.lever == "stop")
+    assert isinstance(events[stop].data, ev.LeverChosen)
+    for event in events[1:stop]:
+        await log.append([again(event)])
+    await roll_back(log, 1)  # while the choice is open
+    await serve(make_view(log), list(SERVICES.values()))
+    events = [e async for e in log.read(f"bascule.{RUN}.>")]
+    state = RunState.of(RUN, events)
+    assert isinstance(state.end, ev.RunCompleted)
+    assert state.end.best == 1
+    sealed = {
+        e.data.generation for e in events if isinstance(e.data, ev.EpisodesRequested) and e.data.split == "sealed"
+    }
+    assert sealed == {0, 1, 3}
     assert audit.replay(RUN, events, installed).differences == ()
 
 
