@@ -128,7 +128,7 @@ def _choice(events: Sequence[Recorded], step: int) -> tuple[ev.LeverChosen, Reco
 
 def _check(old: RunConfig, new: RunConfig) -> None:
     """Everything recorded before the fork was drawn, asked and answered under these."""
-    for field in ("task", "model", "engine", "seed", "evaluation", "shard_size", "harness"):
+    for field in ("task", "model", "engine", "seed", "evaluation", "shard_size", "harness", "second"):
         if getattr(old, field) != getattr(new, field):
             raise ConfigError(
                 f"A what-if keeps the run's {field}: the log's episodes were made under it.",

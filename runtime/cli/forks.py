@@ -70,7 +70,7 @@ async def _fork(store: Store, run: str, name: str, step: int, overrides: list[st
     from bascule.plugins.loader import plugins
     from bascule.runtime.audit.whatif import whatif as fork
     from bascule.runtime.cli import launch
-    from bascule.runtime.cli.configuration import check_budget, override
+    from bascule.runtime.cli.configuration import check_budget, check_gate, check_policy, override
     from bascule.runtime.exports.importing import append_all, chain_of, note
     from bascule.runtime.services.catalog import SERVICES
     from bascule.runtime.state import RunState
@@ -88,7 +88,9 @@ async def _fork(store: Store, run: str, name: str, step: int, overrides: list[st
     if not changes:
         raise ConfigError("A what-if needs something that is otherwise.", next_step="--set KEY=VALUE says what.")
     config = parse_config(merged(plain(RunState.of(run, events).config), changes))
-    check_budget(World(plugins(), config))
+    world = World(plugins(), config)
+    for check in (check_budget, check_gate, check_policy):
+        check(world)
     made = fork(
         events,
         name,

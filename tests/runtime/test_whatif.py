@@ -109,7 +109,7 @@ async def test_a_fork_can_be_executed_to_its_end(make_view: Make, started_log: M
 
 async def test_what_episodes_depend_on_cannot_be_changed(make_view: Make, started_log: MemoryLog) -> None:
     events = await finished(make_view, started_log)
-    for setting in ("seed=9", "evaluation.dev_examples=3", "model=other"):
+    for setting in ("seed=9", "evaluation.dev_examples=3", "model=other", "second=task"):
         with pytest.raises(ConfigError, match="keeps the run's"):
             fork(events, 1, setting)
     with pytest.raises(NotFound, match="no choice at step 9"):
