@@ -183,7 +183,7 @@ async def _pause(view: View, reason: str, *before: Draft) -> None:
 
 def _missing(world: World) -> str | None:
     """What the policy's or the author's calls need and this machine lacks; None if there is nothing."""
-    machines: Sequence[object] = (world.policy, world.author)
+    machines: Sequence[object] = (world.policy, *([world.author] if "harness" in world.config.levers else []))
     for machine in machines:
         if isinstance(machine, ChecksReady):
             try:

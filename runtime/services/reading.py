@@ -8,7 +8,7 @@ import msgspec
 
 from bascule.plugins.policy import Performed
 from bascule.schemas import subjects
-from bascule.schemas.errors import ConfigError
+from bascule.schemas.errors import ConfigError, NotFound
 from bascule.schemas.events import TrajectoryLogged, TrajectoryScored
 from bascule.schemas.trajectory import ModelCall, Note, Scored, Trajectory, Verdict
 from bascule.schemas.trajectory import Step as EpisodeStep
@@ -44,7 +44,10 @@ async def read_trajectory(view: View, arguments: dict[str, Any]) -> Performed:
     logged = there.data
     body = logged.body
     if body is None and logged.blob is not None:
-        body = msgspec.json.decode(await view.blobs.get(logged.blob), type=Trajectory)
+        try:
+            body = msgspec.json.decode(await view.blobs.get(logged.blob), type=Trajectory)
+        except NotFound:
+            return _refused(f"What {name!r} did is not kept any more.")
     scored = verdict.data.verdict if verdict is not None and isinstance(verdict.data, TrajectoryScored) else None
     question = view.world.public.train[logged.position].input
     return Performed(answer={"result": told(question, body or Trajectory(answer=logged.answer), scored)})

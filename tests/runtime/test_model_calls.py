@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -13,14 +14,16 @@ from bascule.plugins.policy import READ, Call, CallModel, CallResult, CallTool, 
 from bascule.runtime.audit.replay import replay
 from bascule.runtime.audit.whatif import whatif
 from bascule.runtime.cli.launch import producer
+from bascule.runtime.log.blobs import FileBlobs
 from bascule.runtime.log.memory import MemoryLog
 from bascule.runtime.runner import View, serve
+from bascule.runtime.services.calls import _missing
 from bascule.runtime.services.catalog import SERVICES
 from bascule.schemas import events as ev
 from bascule.schemas import subjects
 from bascule.schemas.decision import LeverDecision
 from bascule.schemas.envelope import Draft, Recorded
-from bascule.schemas.errors import ModelError
+from bascule.schemas.errors import Erased, ModelError
 
 Make = Callable[[MemoryLog], View]
 LONG = "x" * 100_000
@@ -158,6 +161,42 @@ async def test_what_calls_need_is_looked_for_before_anything_is_spent(
     reading.missing = None
     await resumed(make_view, started_log, 1)
     assert any(isinstance(e.data, ev.RunCompleted) for e in await served(make_view, started_log))
+
+
+async def test_an_episode_that_was_erased_is_not_read_and_the_run_goes_on(
+    reading: Reading, make_view: Make, started_log: MemoryLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def gone(self: FileBlobs, ref: ev.BlobRef) -> bytes:
+        raise Erased("It was erased.")
+
+    body = ev.BlobRef(sha256="0" * 64, size=1, media="application/json")
+    get = MemoryLog.get
+
+    async def in_a_blob(self: MemoryLog, subject: str) -> Recorded | None:
+        found = await get(self, subject)
+        if found is None or not isinstance(found.data, ev.TrajectoryLogged):
+            return found
+        return msgspec.structs.replace(found, data=msgspec.structs.replace(found.data, body=None, blob=body))
+
+    monkeypatch.setattr(FileBlobs, "get", gone)
+    monkeypatch.setattr(MemoryLog, "get", in_a_blob)
+    events = await served(make_view, started_log)
+    train, *_ = [e.data for e in events if isinstance(e.data, ev.ToolCalled)]
+    assert "is not kept any more" in str(train.error)
+    assert any(isinstance(e.data, ev.RunCompleted) for e in events)
+
+
+def test_what_an_author_needs_is_not_asked_for_where_it_writes_nothing() -> None:
+    def missing(*levers: str) -> str | None:
+        author = SimpleNamespace(ready=fails)
+        config = SimpleNamespace(levers=levers)
+        return _missing(SimpleNamespace(policy=object(), author=author, config=config))  # type: ignore[arg-type]
+
+    def fails() -> None:
+        raise ModelError("There is no key.")
+
+    assert missing("harness", "weights") == "There is no key."
+    assert missing("weights") is None
 
 
 def test_a_fork_asks_for_nothing_that_a_call_of_another_name_said(reading: Reading) -> None:
