@@ -17,6 +17,7 @@ from bascule.plugins.perturb import can_perturb
 from bascule.plugins.policy import CallsModels, ChecksStart, PolicyStart
 from bascule.plugins.task import SecondOpinion
 from bascule.runtime.cli.harness_folder import check_harness
+from bascule.runtime.engines.remote import REMOTE
 from bascule.runtime.engines.vllm import RANKS
 from bascule.runtime.log.rules import MAX_BATCH
 from bascule.runtime.services.budgets import bounds_dollars, check_prices
@@ -47,10 +48,14 @@ def configure(
     played = base.get("task")
     if not isinstance(played, dict) or "name" not in played or not isinstance(played.get("params", {}), dict):
         raise ConfigError(f"{played!r} does not name a task.", next_step="Set task.name; `bascule tasks` lists them.")
-    # A resume may come from another folder.
-    if isinstance(base.get("model"), str) and "\0" not in base["model"] and Path(base["model"]).exists():
-        base["model"] = str(Path(base["model"]).absolute())
     engine = base.get("engine")
+    # A resume may come from another folder. An endpoint's model is a name, whatever lies here.
+    named = base.get("model")
+    remote = isinstance(engine, dict) and engine.get("name") in REMOTE
+    if isinstance(named, str) and named and "\0" not in named and not remote and Path(named).exists():
+        base["model"] = str(Path(named).absolute())
+        if isinstance(prices := base.get("prices"), dict) and named in prices:
+            base["prices"] = {base["model"] if model == named else model: price for model, price in prices.items()}
     path = engine["params"].get("path") if isinstance(engine, dict) and isinstance(engine.get("params"), dict) else None
     if isinstance(path, str):
         base = merged(base, {"engine": {"params": {"path": str(Path(path).absolute())}}})
@@ -122,7 +127,8 @@ def preflight(config: RunConfig, loaded: Plugins) -> RunStarted:
     check_gate(world)
     check_harness(world)
     digest = ""
-    if config.engine.name == "transformers" or "weights" in config.levers:
+    served = config.engine.name == "vllm" and not {"url", "urls"} & config.engine.params.keys()
+    if config.engine.name == "transformers" or served or "weights" in config.levers:
         from bascule.trainers.base_model import model_digest, resolve_model
 
         folder = resolve_model(config.model)
@@ -323,7 +329,11 @@ def check_splits(world: World) -> None:
         raise ConfigError(
             f"The task {public.name} has no answer for the train item {missing[0]!r}.", next_step="Correct the task."
         )
-    sizes = (len(world.positions("dev")) + e.train_groups, 2 * len(world.positions("sealed")))
+    sizes = (
+        (1 + bool(e.fresh_dev)) * len(world.positions("dev")) + e.train_groups,
+        2 * (min(e.perturbed, len(world.positions("dev"))) + len(world.positions("regression"))),
+        2 * len(world.positions("sealed")),
+    )
     shards = max(-(-size // world.config.shard_size) for size in sizes) + 4
     if shards > MAX_BATCH:
         raise ConfigError(

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import msgspec
 import pytest
 
 from bascule.plugins.algorithm import Requires
+from bascule.plugins.engine import EngineInfo
 from bascule.plugins.loader import LoadedPlugin, Plugins, load_plugins, plugins
 from bascule.runtime.cli import configuration
-from bascule.schemas.errors import ConfigError
+from bascule.runtime.engines.constant import ConstantEngine
+from bascule.runtime.services.inference import start_engine
+from bascule.runtime.world import World
+from bascule.schemas.errors import ConfigError, EngineError
 from bascule.schemas.events import RunStarted
 from tests.tiny_model import make_tiny_model
 
@@ -43,6 +49,62 @@ def test_parameters_of_a_task_that_nobody_names_are_refused() -> None:
 def test_a_run_whose_base_model_can_be_trained_as_asked_is_pinned_to_it(model: Path) -> None:
     algorithms = {"grpo": {"lora_target_modules": ["q_proj", "up_proj"]}}
     assert checked(model, algorithms=algorithms).model_digest
+
+
+def test_a_run_on_a_vllm_that_it_starts_keeps_its_model_and_one_at_a_url_need_not_have_it(model: Path) -> None:
+    only = {"levers": ["harness"]}
+    assert checked(model, engine={"name": "vllm"}, **only).model_digest
+    elsewhere = {"name": "vllm", "params": {"url": "http://127.0.0.1:1"}}
+    assert checked(Path("/nowhere"), engine=elsewhere, **only).model_digest == ""
+    with pytest.raises(ConfigError, match="/nowhere"):
+        checked(Path("/nowhere"), engine={"name": "vllm"}, **only)
+
+
+async def test_an_engine_that_knows_its_model_serves_a_run_that_did_not_record_it(model: Path) -> None:
+    class Told(ConstantEngine):
+        async def start(self) -> EngineInfo:
+            return msgspec.structs.replace(await super().start(), model_digest="abc")
+
+    begun = checked(model, levers=["harness"])
+    assert begun.model_digest == ""
+    for recorded, served in (("", True), ("abc", True), ("other", False)):
+        state = SimpleNamespace(started=msgspec.structs.replace(begun, model_digest=recorded))
+        view: Any = SimpleNamespace(
+            world=World(plugins(), begun.config),
+            state=state,
+            run="r",
+            logger=SimpleNamespace(info=lambda *_, **__: None),
+        )
+        if served:
+            assert (await start_engine(view, Told("7"), begun.config.engine)).model_digest == "abc"
+        else:
+            with pytest.raises(EngineError, match="is not the one that r started with"):
+                await start_engine(view, Told("7"), begun.config.engine)
+
+
+def test_an_endpoints_model_is_a_name_and_an_embedded_one_a_folder_with_its_price(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "Qwen").mkdir()
+    monkeypatch.chdir(tmp_path)
+    given: dict[str, Any] = {"task": {"name": "arith"}, "model": "Qwen"}
+    prices = {"prices": {"Qwen": {"input": 1.0, "output": 2.0}}}
+    remote = configuration.configure({**given, **prices, "engine": {"name": "openai"}}, [], plugins())
+    assert (remote.model, [*remote.prices]) == ("Qwen", ["Qwen"])
+    embedded = configuration.configure({**given, **prices}, [], plugins())
+    assert (embedded.model, [*embedded.prices]) == (str(tmp_path / "Qwen"), [str(tmp_path / "Qwen")])
+    assert configuration.configure({**given, "model": ""}, [], plugins()).model == ""
+
+
+def test_a_decision_that_would_ask_for_more_than_a_batch_holds_is_refused(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(configuration, "MAX_BATCH", 400)
+    given = {"shard_size": 1, "levers": ["harness"], "evaluation": {"perturbed": 150, "sealed_examples": 20}}
+    assert checked(model, **given)
+    task = {"name": "arith", "params": {"regression": 60}}
+    with pytest.raises(ConfigError, match="A decision would ask for 424 shards"):
+        checked(model, **given, task=task)
 
 
 def test_a_target_that_the_base_model_does_not_have_is_refused_by_algorithm_and_name(model: Path) -> None:
