@@ -26,6 +26,7 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True):
         harmony: conversations have OpenAI's harmony format; rendered and parsed by ``openai-harmony``.
         template: arguments that its chat template takes, and their values where nobody says otherwise.
         thinking_ends: what separates thinking from the answer; all tokens are kept.
+        thinks: whether the prompt itself opens the thinking, so that an answer which does not end it is all thinking.
     """
 
     family: str
@@ -34,13 +35,15 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True):
     harmony: bool = False
     template: dict[str, Any] = {}
     thinking_ends: str = ""
+    thinks: bool = False
 
     def said(self, text: str) -> str:
         """The answer in a text: what follows the thinking, where there was some; nothing where that did not end."""
         if not self.thinking_ends:
             return text
         if self.thinking_ends not in text:
-            return "" if text.lstrip().startswith(self.thinking_ends.replace("/", "")) else text
+            begun = self.thinks or text.lstrip().startswith(self.thinking_ends.replace("/", ""))
+            return "" if begun else text
         return text.partition(self.thinking_ends)[2].lstrip("\n")
 
 
@@ -52,6 +55,7 @@ PRESETS: tuple[Preset, ...] = (
         harmony=True,
         template={"reasoning_effort": "low"},
     ),
+    Preset(family="Qwen3-Thinking", names=r"qwen3.*-thinking", thinking_ends="</think>", thinks=True),
     Preset(
         family="Qwen3",
         names=r"qwen3(?!-(embedding|reranker))",

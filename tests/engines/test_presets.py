@@ -23,6 +23,8 @@ START, END, MESSAGE, CHANNEL, RETURN = 200006, 200007, 200008, 200005, 200002
         ("openai/gpt-oss-120b", "gpt-oss"),
         ("/models/gpt-oss-20b", "gpt-oss"),
         ("Qwen/Qwen3-4B", "Qwen3"),
+        ("Qwen/Qwen3-4B-Thinking-2507", "Qwen3-Thinking"),
+        ("Qwen/Qwen3-4B-Instruct-2507", "Qwen3"),
         ("smollm2-135m-instruct", ""),
         ("Qwen/Qwen2.5-7B", ""),
         ("Qwen/Qwen3-Embedding-0.6B", ""),
@@ -51,6 +53,10 @@ def test_what_is_thought_is_no_answer_and_its_tokens_are_kept() -> None:
     cut = Output(token_ids=b"12", logprobs=b"12", text="<think>\n25 or", finish_reason="length")
     assert form.read(cut, sampling).text == ""
     assert form.read(Output(token_ids=b"12", logprobs=b"12", text="25"), sampling).text == "25"  # it did not think
+    opened = Form(preset_of("Qwen3-4B-Thinking-2507"), {})  # its template opens the thinking in the prompt
+    assert opened.read(Output(token_ids=b"12", logprobs=b"12", text="25 or"), sampling).text == ""
+    whole = Output(token_ids=b"12", logprobs=b"12", text="25 or 26\n</think>\n\n25")
+    assert opened.read(whole, sampling).text == "25"
     plain = Form(PLAIN, {})
     assert plain.asked(sampling) == (sampling, ())
     assert plain.read(thought, sampling) is thought
