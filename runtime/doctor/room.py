@@ -19,6 +19,7 @@ from bascule.runtime.doctor.configured import CONVERTED_BYTES, WHEEL_BYTES
 from bascule.runtime.doctor.endpoints import wanted
 from bascule.runtime.doctor.finding import Asked, Finding, Outcome, embeds, in_gib, learns, untold
 from bascule.runtime.doctor.machine import check_place, free_memory
+from bascule.runtime.engines.remote import LOCAL
 from bascule.runtime.engines.transformers import Params
 from bascule.runtime.services.inference import engine_params
 from bascule.runtime.world import World
@@ -35,7 +36,6 @@ LENGTH = 2048
 EPISODE_BYTES = 8 << 10
 #: Of the log's own files and the reports.
 HOME_BYTES = 64 << 20
-_LOCAL = {"127.0.0.1", "localhost", "::1"}
 
 
 def check_memory(asked: Asked) -> Iterator[Finding]:
@@ -65,9 +65,18 @@ def check_memory(asked: Asked) -> Iterator[Finding]:
         yield Finding(
             about=f"memory: {config.engine.name}", outcome="ok", found=_told(serving), figures=_figures(serving)
         )
-    need = _together(config, None if elsewhere else serving, training[1] if training else None)
+    if elsewhere:
+        serving = None
+    need = _together(config, serving, training[1] if training else None)
     if need is None:
         return
+    if config.engine.name == "vllm" and serving is not None and training is not None:
+        asleep = memory.on_one_gpu(serving, training[1])
+        what = (
+            f"{in_gib(asleep)} would do if something put vLLM to sleep while the trainer works, which a run does not. "
+            "Of a GPU it takes nine tenths unless --gpu-memory-utilization says otherwise"
+        )
+        yield Finding(about="memory: vllm asleep", outcome="ok", found=what, figures={"need": asleep})
     yield _judged(need, free, where)
 
 
@@ -119,7 +128,7 @@ def _elsewhere(config: RunConfig) -> bool:
     if config.engine.name != "vllm":
         return False
     asked = [one.url for one in wanted(config) if "engine" in one.who]
-    return bool(asked) and not any(urlsplit(url).hostname in _LOCAL for url in asked)
+    return bool(asked) and not any(urlsplit(url).hostname in LOCAL for url in asked)
 
 
 def _serving(
@@ -148,7 +157,7 @@ def _serving(
 def _together(config: RunConfig, serving: memory.Memory | None, training: memory.Memory | None) -> int | None:
     """Bytes that this machine needs at one time; None for nothing."""
     if config.engine.name == "vllm" and serving is not None and training is not None:
-        return memory.on_one_gpu(serving, training)
+        return serving.total + training.total
     if serving is not None and training is not None:
         return memory.in_one_process(serving, training)
     alone = serving or training
