@@ -377,7 +377,7 @@ class VllmEngine:
             "vllm": self._served[first.name].version,
             "replicas": str(len(self._replicas)),
             "dtype": p.dtype,
-            "device": p.device or _usual_device(p),
+            "device": computes_on(p),
         }
         if not self._logprobs:
             versions["logprobs"] = "raw"
@@ -517,7 +517,10 @@ class VllmEngine:
         self._prompts.clear()
 
 
-def _usual_device(p: Params) -> str:
+def computes_on(p: Params) -> str:
+    """What servers compute on: as is said, or a GPU where there is one here, or a server is on another machine."""
+    if p.device:
+        return p.device
     hosts = {urlsplit(url).hostname for url in (*p.urls, p.url) if url}
     return "cuda" if hosts - LOCAL or any(Path(one).exists() for one in _GPUS) else "cpu"
 

@@ -110,6 +110,7 @@ async def test_raw_logprobs_are_found_out_at_the_start_and_none_is_recorded(
     engine = client(base, tmp_path, *servers)
     info = await engine.start()
     assert (info.logprobs, info.token_ids, info.versions["logprobs"]) == (False, True, "raw")
+    assert info.versions["device"] == vllm.computes_on(engine.params)
     (output,) = (await engine.sample(request(temperature=0.7))).outputs
     assert output.logprobs == b""
     assert unpack_ids(output.token_ids)
@@ -366,6 +367,27 @@ def test_parameters_that_cannot_be_are_refused(params: dict[str, Any], words: st
     with pytest.raises(ConfigError, match=words) as caught:
         vllm.make("x", params)
     assert caught.value.next_step
+
+
+@pytest.mark.parametrize(
+    ("params", "gpu", "device"),
+    [
+        ({}, False, "cpu"),
+        ({}, True, "cuda"),
+        ({"url": "http://127.0.0.1:1"}, False, "cpu"),
+        ({"url": "http://gpu-host:8000"}, False, "cuda"),
+        ({"urls": ("http://localhost:1", "http://gpu-host:8000")}, False, "cuda"),
+        ({"url": "http://gpu-host:8000", "device": "cpu"}, True, "cpu"),
+    ],
+)
+def test_seconds_count_by_what_servers_compute_on(
+    params: dict[str, Any], gpu: bool, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = tmp_path / "version"
+    monkeypatch.setattr(vllm, "_GPUS", (str(driver),))
+    if gpu:
+        driver.touch()
+    assert vllm.computes_on(vllm.Params(**params)) == device
 
 
 def world(*settings: str) -> World:
