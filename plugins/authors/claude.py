@@ -206,8 +206,10 @@ class Claude:
         if not isinstance(call, CallModel):
             raise ModelError("The author claude makes calls to models only.", next_step="Report this as a fault.")
         performed = await ask(self.params, call.request)
-        # No pause: what is written by then is proposed, since nothing shorter would be asked the next time.
-        return structs.replace(performed, pause=None) if performed.stop_reason == OVER_CONTEXT else performed
+        if performed.stop_reason == OVER_CONTEXT and len(call.request["messages"]) > 1:
+            # No pause: what is written by then is proposed, since nothing shorter would be asked the next time.
+            return structs.replace(performed, pause=None)
+        return performed
 
     def edits_left(self, harness: Harness, tried: Sequence[str]) -> int | None:
         """Nobody can say."""
@@ -216,7 +218,7 @@ class Claude:
 
     def _limit(self, asked: Sequence[ModelCalled]) -> str | None:
         """Which limit is reached; None if none is."""
-        if asked and asked[-1].stop_reason == OVER_CONTEXT:
+        if any(r.stop_reason != OVER_CONTEXT for r in asked) and asked[-1].stop_reason == OVER_CONTEXT:
             return f"the limit of its model's context after {len(asked)} calls"
         if len(asked) >= self.params.calls:
             return f"its {self.params.calls} calls"

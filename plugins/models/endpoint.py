@@ -25,6 +25,7 @@ CLAUDE = "claude-sonnet-5-5"
 #: What is sent for a key to an endpoint that wants none.
 NO_KEY = "none"
 _QUOTED = 300
+_SHORTER = "Start again with a lower max_tokens, less evidence, or a model with a larger context."
 #: Bytes of an answer that is kept; an event has room for twice as much.
 MOST_ANSWER = 1 << 18
 _TOO_LONG = (
@@ -228,7 +229,8 @@ async def ask(endpoint: Endpoint, request: dict[str, Any]) -> Performed:
 
     Returns:
         The answer; ``pause`` says so where it was refused or cut off, since nothing can be made of it then. Where the
-        endpoint refuses the request as too long, an empty one whose ``stop_reason`` is :data:`OVER_CONTEXT`.
+        endpoint refuses the request as too long, an empty one whose ``stop_reason`` is :data:`OVER_CONTEXT`, and whose
+        ``pause`` has the endpoint's words.
 
     Raises:
         ModelError: there is no answer.
@@ -243,7 +245,7 @@ async def ask(endpoint: Endpoint, request: dict[str, Any]) -> Performed:
         performed = await asking(endpoint, key_of(endpoint), request)
     except TooLong as error:
         answer = {"content": [], "stop_reason": OVER_CONTEXT, "error": error.message}
-        performed = Performed(answer=answer, stop_reason=OVER_CONTEXT)
+        return Performed(answer=answer, stop_reason=OVER_CONTEXT, pause=str(error))
     if len(msgspec.json.encode(performed.answer)) > MOST_ANSWER:
         answer = {**performed.answer, "content": [], "stop_reason": "too_large"}
         performed = msgspec.structs.replace(performed, answer=answer, stop_reason="too_large")
@@ -296,13 +298,13 @@ def failure(endpoint: Endpoint, key: str, status: int | None, said: str) -> Mode
             step = "Start again with another model or base_url; a run keeps those that it was started with."
         case 413:
             what = f"What was asked is too large for {endpoint.said} (status 413): {quoted}."
-            step = "Start again with fewer calls or less evidence."
+            step = _SHORTER
         case _ if status in (408, 409, 429) or status >= 500:
             what = f"{endpoint.said} gave no answer {tries}; the last one failed with status {status}: {quoted}."
             step = "Wait and `bascule resume RUN`; max_retries and total_s say how long it is tried."
         case _:
             what = f"{endpoint.said} refuses the request (status {status}): {quoted}."
-            step = f"Correct what it names, {resume}."
+            step = _SHORTER if too_long(status, said) else f"Correct what it names, {resume}."
     kind = TooLong if too_long(status, said) else Refused if status in (400, 422) else ModelError
     return kind(what, next_step=step)
 

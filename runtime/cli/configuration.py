@@ -330,7 +330,7 @@ def check_splits(world: World) -> None:
             f"The task {public.name} has no answer for the train item {missing[0]!r}.", next_step="Correct the task."
         )
     sizes = (
-        (1 + bool(e.fresh_dev)) * len(world.positions("dev")) + e.train_groups,
+        (2 * e.fresh_dev or len(world.positions("dev"))) + e.train_groups,
         2 * (min(e.perturbed, len(world.positions("dev"))) + len(world.positions("regression"))),
         2 * len(world.positions("sealed")),
     )

@@ -53,6 +53,7 @@ class AnthropicEngine:
         self.params = params
         self.info: EngineInfo | None = None
         self._calls = Calls(params.concurrency)
+        self._answered = False
         self._endpoint = Endpoint(
             provider="anthropic",
             model=params.model,
@@ -118,17 +119,20 @@ class AnthropicEngine:
         if answer.stop_reason == OVER_CONTEXT:
             said = answer.answer.get("error") or f"The prompt does not fit into the context of {self._endpoint.said}."
             raise PromptError(said, next_step="Shorten the prompt or lower max_tokens.")
+        self._answered = True
         return answer
 
     async def _takes_plain(self, message: dict[str, Any]) -> bool:
         """Whether the endpoint answers a plain question, asked as this message is as far as a configuration says."""
         configured: dict[str, Any] = {k: message[k] for k in ("model", "temperature") if k in message}
+        # Until something was answered, what a configuration allows of an answer may be more than the model gives.
+        most = HELLO_TOKENS if self._answered else message["max_tokens"]
         plain = [{"role": "user", "content": HELLO}]
         try:
-            await ask(self._endpoint, {**configured, "max_tokens": HELLO_TOKENS, "messages": plain})
+            answer = await ask(self._endpoint, {**configured, "max_tokens": most, "messages": plain})
         except ModelError:
             return False
-        return True
+        return answer.stop_reason != OVER_CONTEXT
 
     def _message(self, request: SampleRequest) -> dict[str, Any]:
         prompt, sampling = request.prompt, request.sampling

@@ -58,7 +58,7 @@ class Form:
 
         return replace(sampling, stop=()), stop_tokens()
 
-    def read(self, output: Output, sampling: Sampling) -> Output:
+    def read(self, output: Output, sampling: Sampling, prompt: tuple[Message, ...] | str) -> Output:
         """An output whose text is the answer alone, up to the first stop string; all its tokens are kept."""
         if not self._preset.harmony and not self._preset.thinking_ends:
             return output
@@ -67,7 +67,7 @@ class Form:
 
             text = final_text(unpack_ids(output.token_ids))
         else:
-            text = self._preset.said(output.text)
+            text = self._preset.said(output.text, opened=self._preset.thinks and not isinstance(prompt, str))
         cut = before_stop(text, sampling.stop)
         return replace(output, text=text) if cut is None else replace(output, text=cut, finish_reason="stop")
 

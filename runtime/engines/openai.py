@@ -111,7 +111,7 @@ class OpenAIEngine:
         self.info: EngineInfo | None = None
         self._wire: Wire | None = None
         self._calls = Calls(params.concurrency)
-        self._ids = self._logprobs = False
+        self._ids = self._logprobs = self._answered = False
 
     async def start(self) -> EngineInfo:
         if self.info is None:
@@ -189,16 +189,20 @@ class OpenAIEngine:
         if self._logprobs:
             body["logprobs"] = True if chat else 1  # there a number: of the likeliest tokens beside the sampled one
         try:
-            return await self._post("chat/completions" if chat else "completions", body, sampling.max_tokens)
+            answer = await self._post("chat/completions" if chat else "completions", body, sampling.max_tokens)
         except Refused as error:
             configured: dict[str, Any] = {k: body[k] for k in ("n", "seed", "temperature") if k in body}
-            if (chat and isinstance(error, Missing)) or not await self._takes({**configured, **_PLAIN}):
+            # Until something was answered, what a configuration allows of an answer may be more than the model gives.
+            most = HELLO_TOKENS if self._answered else sampling.max_tokens
+            if (chat and isinstance(error, Missing)) or not await self._takes({**configured, **_PLAIN}, most):
                 raise
             raise refused_prompt(error) from error
+        self._answered = True
+        return answer
 
-    async def _takes(self, body: dict[str, Any]) -> bool:
+    async def _takes(self, body: dict[str, Any], most: int) -> bool:
         try:
-            await self._post("chat/completions", body, HELLO_TOKENS)
+            await self._post("chat/completions", body, most)
         except EngineError:
             return False
         return True

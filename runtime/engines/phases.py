@@ -42,16 +42,19 @@ class Door:
             fcntl.flock(self._next, fcntl.LOCK_UN)
 
     def leave(self) -> None:
-        fcntl.flock(self._lock, fcntl.LOCK_UN)
+        with contextlib.suppress(OSError):  # as above
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
 
     @property
     def wanted(self) -> bool:
         """Whether another process waits to be let in."""
         try:
             fcntl.flock(self._next, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(self._next, fcntl.LOCK_UN)
         except BlockingIOError:
             return True
-        fcntl.flock(self._next, fcntl.LOCK_UN)
+        except OSError:
+            return False  # the next who enters will see it
         return False
 
     def close(self) -> None:
@@ -96,7 +99,7 @@ class Phases:
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # let in, and gone at the same time
+            if turn.done() and not turn.cancelled() and turn.exception() is None:  # let in, and gone at the same time
                 self._leave()
             else:
                 self._waiting = deque(one for one in self._waiting if one[1] is not turn)

@@ -26,7 +26,7 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True):
         harmony: conversations have OpenAI's harmony format; rendered and parsed by ``openai-harmony``.
         template: arguments that its chat template takes, and their values where nobody says otherwise.
         thinking_ends: what separates thinking from the answer; all tokens are kept.
-        thinks: whether the prompt itself opens the thinking, so that an answer which does not end it is all thinking.
+        thinks: whether its template opens the thinking, so that an answer to a chat which does not end it is thinking.
     """
 
     family: str
@@ -37,12 +37,16 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True):
     thinking_ends: str = ""
     thinks: bool = False
 
-    def said(self, text: str) -> str:
-        """The answer in a text: what follows the thinking, where there was some; nothing where that did not end."""
+    def said(self, text: str, *, opened: bool = False) -> str:
+        """The answer in a text: what follows the thinking, where there was some; nothing where that did not end.
+
+        Args:
+            opened: the text goes on from within the thinking.
+        """
         if not self.thinking_ends:
             return text
         if self.thinking_ends not in text:
-            begun = self.thinks or text.lstrip().startswith(self.thinking_ends.replace("/", ""))
+            begun = opened or text.lstrip().startswith(self.thinking_ends.replace("/", ""))
             return "" if begun else text
         return text.partition(self.thinking_ends)[2].lstrip("\n")
 
@@ -55,7 +59,9 @@ PRESETS: tuple[Preset, ...] = (
         harmony=True,
         template={"reasoning_effort": "low"},
     ),
-    Preset(family="Qwen3-Thinking", names=r"qwen3.*-thinking", thinking_ends="</think>", thinks=True),
+    Preset(
+        family="Qwen3-Thinking", names=r"qwen3(?!.*non?-thinking).*-thinking", thinking_ends="</think>", thinks=True
+    ),
     Preset(
         family="Qwen3",
         names=r"qwen3(?!-(embedding|reranker))",

@@ -193,7 +193,7 @@ class TransformersEngine:
             sampled = await call.future
         finally:
             self._withdraw(call)
-        outputs = tuple(self._form.read(output, request.sampling) for output in sampled.outputs)
+        outputs = tuple(self._form.read(output, request.sampling, request.prompt) for output in sampled.outputs)
         return msgspec.structs.replace(sampled, outputs=outputs)
 
     async def score(self, adapter: str | None, ids: Sequence[int]) -> tuple[tuple[float, ...], ...]:

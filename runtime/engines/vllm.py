@@ -264,7 +264,9 @@ class VllmEngine:
                 model = self._served[replica.name].model if adapter is None else _served_as(self._loaded[adapter])
                 async with self._phase(replica, "base" if adapter is None else "adapters"):
                     outputs = await replica.complete(model, prompt, asked, sampling, request.seed, ends)
-                outputs = tuple(self._form.read(o, request.sampling) for o in outputs) * (request.n // asked)
+                outputs = tuple(self._form.read(o, request.sampling, request.prompt) for o in outputs) * (
+                    request.n // asked
+                )
             finally:
                 self._busy[replica.name] -= request.n
         finally:

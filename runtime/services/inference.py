@@ -216,9 +216,9 @@ class Engines:
     async def leave(self, user: object) -> None:
         """Close all engines that nobody else uses."""
         for held in list(self._held.values()):
+            if id(user) not in held.users:
+                continue  # nor does it wait for one that somebody else is starting
             async with held.lock:
-                if id(user) not in held.users:
-                    continue
                 held.users.discard(id(user))
                 if not held.users and held.engine is not None:
                     engine, held.engine, held.info = held.engine, None, None

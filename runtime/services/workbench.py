@@ -66,8 +66,10 @@ class Workbench:
     async def close(self) -> None:
         """End every process that was started for trials."""
         self._episodes = self._scoring = None
-        await self._stack.aclose()
-        await self._engine.close()
+        try:
+            await self._stack.aclose()
+        finally:
+            await self._engine.close()
 
     async def perform(self, arguments: dict[str, Any], name: str) -> Performed:
         """Make the call ``trial``; a request that cannot be tried is the call's error.

@@ -209,18 +209,23 @@ def test_where_nothing_more_fits_into_the_context_what_is_written_is_proposed() 
     assert isinstance(played.end, HarnessEdit)
     assert played.end.edit.startswith("unfinished at the limit of its model's context after 2 calls")
     assert len(played.asked) == 2
-    played = Played(full)
+    played = Played(message(text("Well.")), full)
     assert isinstance(played.end, NoEdit)
     assert "had written nothing" in played.end.reason
+    assert isinstance(Played(full).end, CallModel), "what does not even fit at first is asked again after a pause"
 
 
-async def test_a_request_that_is_too_long_does_not_pause_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_conversation_that_is_too_long_does_not_pause_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODEL_TEST_KEY", KEY)
     with serving(in_turn(Fault(400, "prompt is too long: 210000 tokens > 200000 maximum"))) as server:
         author = make({"base_url": server.url, "key_env": "MODEL_TEST_KEY", "max_retries": 0})
-        call = author.step(seen(), [])
-        assert isinstance(call, CallModel)
-        performed = await author.perform(call)
+        first = author.step(seen(), [])
+        assert isinstance(first, CallModel)
+        performed = await author.perform(first)
+        assert performed.stop_reason == "model_context_window_exceeded"
+        assert "prompt is too long: 210000" in str(performed.pause)
+        more = {**first.request, "messages": first.request["messages"] * 3}
+        performed = await author.perform(CallModel(model=first.model, request=more))
     assert (performed.stop_reason, performed.pause) == ("model_context_window_exceeded", None)
 
 

@@ -46,14 +46,13 @@ async def test_kinds_exclude_each_other_and_everybody_gets_in_or_away() -> None:
 
 async def test_processes_take_turns_at_a_shared_door(tmp_path: Path) -> None:
     inside: list[tuple[int, str]] = []
-    most, turns = 0, 0
+    most = 0
 
     async def work(process: int, phases: Phases, kind: str, rests: int) -> None:
-        nonlocal most, turns
+        nonlocal most
         for _ in range(rests):
             await asyncio.sleep(0)
         async with phases.of(kind):
-            turns += not inside
             inside.append((process, kind))
             most = max(most, len(inside))
             assert len(set(inside)) == 1

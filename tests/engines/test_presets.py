@@ -13,6 +13,7 @@ from bascule.runtime.engines.presets import PLAIN, preset_of
 from bascule.schemas.errors import PromptError
 from bascule.schemas.trajectory import Output, Sampling, pack_ids
 
+CHAT = (Message("user", "12 + 13?"),)
 # Ids of gpt-oss's special tokens, as its tokenizer configuration has them.
 START, END, MESSAGE, CHANNEL, RETURN = 200006, 200007, 200008, 200005, 200002
 
@@ -25,6 +26,7 @@ START, END, MESSAGE, CHANNEL, RETURN = 200006, 200007, 200008, 200005, 200002
         ("Qwen/Qwen3-4B", "Qwen3"),
         ("Qwen/Qwen3-4B-Thinking-2507", "Qwen3-Thinking"),
         ("Qwen/Qwen3-4B-Instruct-2507", "Qwen3"),
+        ("/m/qwen3-8b-non-thinking", "Qwen3"),
         ("smollm2-135m-instruct", ""),
         ("Qwen/Qwen2.5-7B", ""),
         ("Qwen/Qwen3-Embedding-0.6B", ""),
@@ -48,18 +50,20 @@ def test_what_is_thought_is_no_answer_and_its_tokens_are_kept() -> None:
     thought = Output(
         token_ids=b"1234", logprobs=b"1234", text="<think>\n25\n</think>\n\n25\nmore", finish_reason="length"
     )
-    read = form.read(thought, sampling)
+    read = form.read(thought, sampling, CHAT)
     assert (read.text, read.finish_reason, read.token_ids) == ("25", "stop", b"1234")
     cut = Output(token_ids=b"12", logprobs=b"12", text="<think>\n25 or", finish_reason="length")
-    assert form.read(cut, sampling).text == ""
-    assert form.read(Output(token_ids=b"12", logprobs=b"12", text="25"), sampling).text == "25"  # it did not think
+    assert form.read(cut, sampling, CHAT).text == ""
+    unthought = Output(token_ids=b"12", logprobs=b"12", text="25")
+    assert form.read(unthought, sampling, CHAT).text == "25"
     opened = Form(preset_of("Qwen3-4B-Thinking-2507"), {})  # its template opens the thinking in the prompt
-    assert opened.read(Output(token_ids=b"12", logprobs=b"12", text="25 or"), sampling).text == ""
+    assert opened.read(Output(token_ids=b"12", logprobs=b"12", text="25 or"), sampling, CHAT).text == ""
+    assert opened.read(unthought, sampling, "12 + 13 =").text == "25"  # where there is no template
     whole = Output(token_ids=b"12", logprobs=b"12", text="25 or 26\n</think>\n\n25")
-    assert opened.read(whole, sampling).text == "25"
+    assert opened.read(whole, sampling, CHAT).text == "25"
     plain = Form(PLAIN, {})
     assert plain.asked(sampling) == (sampling, ())
-    assert plain.read(thought, sampling) is thought
+    assert plain.read(thought, sampling, CHAT) is thought
 
 
 @pytest.fixture
@@ -104,10 +108,10 @@ def test_only_the_final_channel_is_the_answer(harmony: Form) -> None:
     assert sampling.stop == ()
     thought = "<|channel|>analysis<|message|>That is 4.<|end|>"
     whole = output(f"{thought}<|start|>assistant<|channel|>final<|message|>It is 4, yes.<|return|>")
-    assert harmony.read(whole, Sampling()).text == "It is 4, yes."
-    assert harmony.read(whole, Sampling(stop=("4",))).text == "It is "
-    assert harmony.read(whole, Sampling()).token_ids == whole.token_ids
+    assert harmony.read(whole, Sampling(), CHAT).text == "It is 4, yes."
+    assert harmony.read(whole, Sampling(stop=("4",)), CHAT).text == "It is "
+    assert harmony.read(whole, Sampling(), CHAT).token_ids == whole.token_ids
     cut = output(f"{thought}<|start|>assistant<|channel|>final<|message|>It is")
-    assert harmony.read(cut, Sampling()).text == "It is"
-    assert harmony.read(output("<|channel|>analysis<|message|>That is"), Sampling()).text == ""
-    assert harmony.read(output("no format at all"), Sampling()).text == ""
+    assert harmony.read(cut, Sampling(), CHAT).text == "It is"
+    assert harmony.read(output("<|channel|>analysis<|message|>That is"), Sampling(), CHAT).text == ""
+    assert harmony.read(output("no format at all"), Sampling(), CHAT).text == ""

@@ -394,6 +394,27 @@ async def test_what_an_endpoint_refuses_of_one_prompt_is_the_prompt_s_and_of_any
         await engine.close()
 
 
+@pytest.mark.parametrize("make", [claude, compatible])
+async def test_a_longer_answer_than_the_model_gives_is_the_run_s_until_something_was_answered(
+    make: Callable[[Server], Engine],
+) -> None:
+    def script(asked: dict[str, Any], _: int) -> dict[str, Any] | Fault:
+        if asked["max_tokens"] > 4096:
+            return Fault(400, "max_tokens: 8192 > 4096, the maximum of output tokens")
+        return message(text("25")) if make is claude else completion("25")
+
+    with serving(script) as server:
+        engine = make(server)
+        await engine.start()
+        with pytest.raises(EngineError, match="8192 > 4096") as caught:
+            await engine.sample(request(max_tokens=8192))
+        assert not isinstance(caught.value, PromptError)
+        await engine.sample(request(max_tokens=4096))
+        with pytest.raises(PromptError, match="8192 > 4096"):
+            await engine.sample(request(max_tokens=8192))
+        await engine.close()
+
+
 async def test_a_text_prompt_is_refused_by_an_endpoint_that_has_chats_alone() -> None:
     here = True
 
