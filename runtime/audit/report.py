@@ -347,9 +347,9 @@ def draw(result: RunReport, path: Path) -> None:
     left.plot(
         [r.generation for r in train], [r.train for r in train], ":", c="#4a6fa5", label="train (sampled)", zorder=2
     )
-    names = [f"{r.generation}\n{r.algorithm or r.edit or r.lever or ''}"[:22] for r in rows]
+    names = [f"{r.generation}\n{r.algorithm or r.edit or r.lever or ''}"[:22].replace("$", r"\$") for r in rows]
     left.set_xticks(xs, names, fontsize=8)
-    left.set(xlabel="generation", ylabel="score", ylim=(0, 1), title=f"{result.run}: {result.arm}")
+    left.set(xlabel="generation", ylabel="score", title=f"{result.run}: {result.arm}")
     left.legend(fontsize=8, loc="upper left")
     if result.sealed is not None:
         s = result.sealed
@@ -367,6 +367,8 @@ def draw(result: RunReport, path: Path) -> None:
             right.axhline(baseline.sealed, ls="--", lw=0.8, c="#444444", label=label)
     if any(baseline.sealed is not None for baseline in result.baselines):
         right.legend(fontsize=7, loc="upper left")
+    bottom, top = left.get_ylim()  # of both: they share it, and rewards need not be shares
+    left.set_ylim(min(0.0, bottom), max(1.0, top))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)

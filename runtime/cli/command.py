@@ -37,7 +37,7 @@ Home = Annotated[
 ]
 Url = Annotated[
     str | None,
-    typer.Option(help="A NATS server instead of the embedded one: nats://[user:password@]host:port, or tls://."),
+    typer.Option(help="A NATS server instead of the embedded one: nats://\\[user:password@]host:port, or tls://."),
 ]
 Credentials = Annotated[
     Path | None, typer.Option(help="A file with what each user logs in with at --url. Also BASCULE_CREDENTIALS.")

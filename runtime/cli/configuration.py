@@ -80,7 +80,7 @@ def layered(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         below, above = base.get(kind), over.get(kind)
         if isinstance(below, dict) and isinstance(above, dict):
             name = below.get("name")
-            if above.get("name", name) != name:
+            if name is not None and above.get("name", name) != name:
                 del kept[kind]
     if "harness" in over:
         kept.pop("harness", None)  # files of two harnesses are none

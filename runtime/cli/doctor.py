@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from pathlib import Path
@@ -39,7 +40,7 @@ def doctor(
     online: Annotated[
         bool, typer.Option("--online", help="Also ask the endpoints that the configuration names for their models.")
     ] = False,
-    seconds: Annotated[float, typer.Option(min=1, help="Most that all of it may take.")] = 15.0,
+    seconds: Annotated[float, typer.Option(min=1, max=86400, help="Most that all of it may take.")] = 15.0,
     home: Home = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -52,6 +53,8 @@ def doctor(
     from bascule.runtime.doctor.finding import Asked
     from bascule.runtime.doctor.report import examine
 
+    if math.isnan(seconds):
+        raise typer.BadParameter("It is no number.", param_hint="--seconds")
     values = {
         "max_generations": max_gen,
         "seed": seed,

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @app.command()
 def experiment(
     file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="The experiment; ops/experiments/ holds some.")],
-    quick: Annotated[bool, typer.Option("--quick", help="With what its table [quick] says.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="With what its table \\[quick] says.")] = False,
     only: Annotated[str | None, typer.Option(metavar="ARM,..", help="These arms alone.")] = None,
     seeds: Annotated[str | None, typer.Option(metavar="1,2", help="These seeds instead of the file's.")] = None,
     out: Annotated[
@@ -55,7 +55,11 @@ def experiment(
     from bascule.runtime.cli.experiment_runs import comparison_of, make_runs
     from bascule.runtime.cli.store import home_folder, open_store
     from bascule.runtime.experiments.output import check_folder, write_files
+    from bascule.schemas.errors import ConfigError
 
+    for option, text in (("--only", only), ("--seeds", seeds)):
+        if text is not None and not _parts(text):
+            raise ConfigError(f"{option} names none.", next_step=f"Leave {option} out for all.")
     asked = read_experiment(file, plugins(), quick=quick, only=_parts(only), seeds=_seeds(seeds))
     console = make_console(err=as_json)
 

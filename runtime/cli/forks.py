@@ -70,11 +70,11 @@ async def _fork(store: Store, run: str, name: str, step: int, overrides: list[st
     from bascule.plugins.loader import plugins
     from bascule.runtime.audit.whatif import whatif as fork
     from bascule.runtime.cli import launch
-    from bascule.runtime.cli.configuration import check_budget, check_gate, check_policy, override
+    from bascule.runtime.cli.configuration import check_budget, check_gate, check_policy, layered, override
     from bascule.runtime.exports.importing import append_all, chain_of, note
     from bascule.runtime.services.catalog import SERVICES
     from bascule.runtime.state import RunState
-    from bascule.runtime.world import World, merged, plain
+    from bascule.runtime.world import World, plain
     from bascule.schemas.errors import ConfigError, NotFound
     from bascule.schemas.run import parse_config
     from bascule.schemas.subjects import token
@@ -84,10 +84,10 @@ async def _fork(store: Store, run: str, name: str, step: int, overrides: list[st
         raise ConfigError(f"There is a run {name!r} already.", next_step="Use another --run-id.")
     changes: dict[str, object] = {}
     for item in overrides:
-        changes = merged(changes, override(item))
+        changes = layered(changes, override(item))
     if not changes:
         raise ConfigError("A what-if needs something that is otherwise.", next_step="--set KEY=VALUE says what.")
-    config = parse_config(merged(plain(RunState.of(run, events).config), changes))
+    config = parse_config(layered(plain(RunState.of(run, events).config), changes))
     world = World(plugins(), config)
     for check in (check_budget, check_gate, check_policy):
         check(world)

@@ -52,6 +52,8 @@ def _read(folder: Path) -> dict[str, str]:
         folders[:] = sorted(name for name in folders if name not in _LEFT_OUT)
         for file in sorted({*folders, *files} - {*_LEFT_OUT}):
             name = (below / file).as_posix()
+            if not name.isprintable():
+                raise HarnessError(f"{name!a} is no name of a file in a harness.", next_step="Give it another name.")
             data = _data(name, file, descriptor)
             if data is None:
                 continue

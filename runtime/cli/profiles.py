@@ -97,6 +97,8 @@ def checked(values: dict[str, Any], folder: Path, loaded: Plugins) -> dict[str, 
 def asked_task(named: str | None, regime: str | None, profile: Profile | None) -> dict[str, Any] | None:
     """The task of a run: the one that is named, else the profile's (None: nothing of it is changed), else ``arith``."""
     params = {"regime": regime} if regime is not None else {}
+    if named == "":
+        raise ConfigError("--task names none.", next_step="`bascule tasks` lists them.")
     if named is None and profile is not None and "task" in profile.values:
         return {"params": params} if params else None
     return chosen_task(named or USUAL_TASK, params)
@@ -188,7 +190,10 @@ def _chosen(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
         if isinstance(choice, dict) and isinstance(params, dict) and "path" in params:
             found[kind] = {**choice, "params": {**params, "path": located(params["path"])}}
     if "model" in found:
-        found["model"] = located(found["model"])
+        named = found["model"]
+        found["model"] = located(named)
+        if isinstance(prices := found.get("prices"), dict) and isinstance(named, str):
+            found["prices"] = {found["model"] if model == named else model: price for model, price in prices.items()}
     if isinstance(found.get("harness"), str):
         found["harness"] = harness_in(Path(folder, found["harness"]))
     return found

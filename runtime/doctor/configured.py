@@ -8,7 +8,15 @@ from typing import Any
 
 from bascule.plugins.loader import Plugins, described, plugins
 from bascule.plugins.wheels import FromWheels, cached_wheel
-from bascule.runtime.cli.configuration import check_choices, check_splits, configure
+from bascule.runtime.cli.configuration import (
+    check_algorithms,
+    check_choices,
+    check_gate,
+    check_splits,
+    check_training,
+    configure,
+)
+from bascule.runtime.cli.harness_folder import check_harness
 from bascule.runtime.cli.profiles import asked_task, attributed, read_profile
 from bascule.runtime.doctor.finding import Asked, Finding, embeds, failed, in_gib, learns
 from bascule.runtime.world import World, task_digest
@@ -98,7 +106,8 @@ def _task(about: str, config: RunConfig, loaded: Plugins) -> Finding:
         step = f"`bascule tasks fetch {config.task.name}` gets them now."
         return Finding(about=about, outcome="warns", found=found, next_step=step)
     public = world.public
-    check_splits(world)
+    for check in (check_splits, check_gate, check_harness):
+        check(world)
     sizes = {split: len(world.positions(split)) for split in ("train", "dev", "sealed")}
     told = ", ".join(f"{split} {n}" for split, n in sizes.items())
     found = f"version {public.version}: {told}; digest {task_digest(public)[:12]}"
@@ -124,6 +133,9 @@ def check_model(asked: Asked) -> Iterator[Finding]:
             step = "The first run needs a network." if "fetched" in how else ""
             yield Finding(about=about, outcome="warns" if step else "ok", found=found, next_step=step)
             return
+        if learns(config):
+            world = World(plugins(), config)
+            check_training(world, folder, check_algorithms(world))
         size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
         digest = f"digest {model_digest(folder)[:12]}" if size <= _DIGESTED else "its digest is made by the first run"
     except BasculeError as e:

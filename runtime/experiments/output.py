@@ -8,9 +8,11 @@ import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 
+from bascule.plugins.whole import whole_file
 from bascule.runtime.experiments.comparison import Comparison, Estimate, Row, RunLine
 from bascule.schemas.errors import ConfigError
 from bascule.schemas.landscape import Interval
@@ -56,9 +58,13 @@ def write_files(found: Comparison, folder: Path) -> Comparison:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in NAMES]
     told = msgspec.structs.replace(found, files=tuple(str(p) for p in paths))
-    paths[0].write_bytes(msgspec.json.format(msgspec.json.encode(told), indent=1) + b"\n")
-    paths[1].write_text(as_csv(found), encoding="utf-8")
-    draw(found, paths[2])
+    picture = io.BytesIO()
+    draw(found, picture)
+    table = msgspec.json.format(msgspec.json.encode(told), indent=1) + b"\n"
+    # The table last: by it the files of another are judged.
+    for path, data in zip(reversed(paths), (picture.getvalue(), as_csv(found).encode(), table), strict=True):
+        with whole_file(path, mode=0o644) as file:
+            file.write(data)
     return told
 
 
@@ -134,7 +140,7 @@ def counted(found: dict[str, int]) -> str:
     return ", ".join(f"{name} {n}" for name, n in sorted(found.items(), key=lambda x: (-x[1], x[0])))
 
 
-def draw(found: Comparison, path: Path) -> None:
+def draw(found: Comparison, file: BinaryIO) -> None:
     """Draw sealed scores by arm, and differences to the baselines, with pooled 95% intervals, as a PNG."""
     import matplotlib as mpl
 
@@ -156,11 +162,12 @@ def draw(found: Comparison, path: Path) -> None:
         if row.oracle is not None:
             left.plot([row.oracle.mean], [y], "x", c="#c0392b", label="pass@n, an upper bound")
     left.set_yticks(range(len(rows)), [r.arm for r in reversed(rows)])
-    left.set(xlabel="sealed score", xlim=(0, None), title=found.name + (" (quick)" if found.quick else ""))
+    left.set(xlabel="sealed score", title=found.name + (" (quick)" if found.quick else ""))
     named = {label: handle for handle, label in zip(*left.get_legend_handles_labels(), strict=True)}
     if named:
         left.legend(named.values(), named.keys(), fontsize=7, loc="best")
     left.margins(y=0.15)
+    left.set_xlim(left=min(0.0, left.get_xlim()[0]))
     bars = [(r.arm, d) for r in reversed(rows) for d in reversed(r.differences)]
     for y, (_, d) in enumerate(bars):
         mean = d.estimate.mean
@@ -169,7 +176,7 @@ def draw(found: Comparison, path: Path) -> None:
     labels = [f"{arm} − {d.against}" + (" (one seed)" if len(d.estimate.seeds) == 1 else "") for arm, d in bars]
     right.set_yticks(range(len(bars)), labels, fontsize=8)
     right.set(xlabel="difference of sealed scores", title="95% over seeds and items")
-    figure.savefig(path, dpi=120)
+    figure.savefig(file, format="png", dpi=120)
     plt.close(figure)
 
 

@@ -56,7 +56,17 @@ def voting(config: RunConfig, reference: Mapping[str, str], votes: int) -> RunCo
             next_step="Give the arm a harness with the reference code, or leave the arm out.",
         )
     manifest = parse_manifest(files["manifest.json"])
-    samples = votes * (int(manifest.params.get("retries", 0)) + 1)
+    retries, how = manifest.params.get("retries", 0), manifest.params.get("extract", "whole")
+    try:
+        extract("7", how)
+        if not isinstance(retries, int) or retries < 0:
+            raise ValueError(f"retries = {retries!r}")
+    except Exception as e:  # the reference code's own
+        raise ConfigError(
+            f"the first harness has parameters that its code cannot use: {type(e).__name__}: {e}.",
+            next_step="Correct params in its manifest.json.",
+        ) from e
+    samples = votes * (retries + 1)
     if samples > _MOST_CALLS:
         raise ConfigError(f"{samples} samples an episode are over {_MOST_CALLS}.", next_step="Lower n.")
     files["manifest.json"] = manifest_text(

@@ -91,13 +91,16 @@ def remote_access(url: str, credentials: Path | None) -> Access:
         LogError: ``url`` is none.
         ConfigError: the credentials cannot be read.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        parts, port = urlsplit(""), None
     if parts.scheme not in ("nats", "tls") or not parts.hostname:
-        raise LogError(
-            f"{url!r} is not the address of a NATS server.", next_step="Use nats://[user:password@]host:port."
-        )
+        # It may hold a password, and where that ends is not known where it is no address.
+        raise LogError("--url is not the address of a NATS server.", next_step="Use nats://[user:password@]host:port.")
     address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
-    if parts.port is None:
+    if port is None:
         address += ":4222"
     ca = Path(named) if (named := os.environ.get(CA_ENV)) else None
     if parts.username:

@@ -301,6 +301,27 @@ async def test_the_model_that_the_engine_anthropic_will_ask_is_looked_for(
 
 
 @pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (("second=nosuch",), "nosuch"),
+        (("evaluation.fresh_dev=1000",), "fresh examples of dev"),
+        (('algorithms.grpo.lora_target_modules=["experts"]', "policy.algorithm=grpo"), "names experts"),
+    ],
+)
+def test_what_a_run_would_be_refused_for_fails(settings: tuple[str, ...], why: str, tmp_path: Path) -> None:
+    given = Asked(home=str(tmp_path / "home"), overrides=settings)
+    given = Asked(home=given.home, config=made_config(given))
+    lines = [line for check in (check_task, check_model) for line in check(given)]
+    (failing,) = [line for line in lines if line.outcome == "fails"]
+    assert why in failing.found
+
+
+@pytest.mark.parametrize("seconds", ["inf", "nan", "0", "1e9"])
+def test_a_time_that_is_none_is_refused(seconds: str) -> None:
+    assert CliRunner().invoke(app, ["doctor", "--seconds", seconds]).exit_code == 2
+
+
+@pytest.mark.parametrize(
     ("settings", "untold", "why"),
     [
         (("algorithms.grpo.lora_r=-1",), {"disk: a run", "memory"}, "lora_r"),

@@ -119,6 +119,23 @@ def test_the_shipped_experiment_has_every_arm_that_the_question_needs() -> None:
     assert by_name["alternate"].config.policy.name == "alternate"
 
 
+@pytest.mark.parametrize(("option", "text"), [("--only", ""), ("--only", " ,"), ("--seeds", "")])
+def test_an_option_that_names_nothing_does_not_mean_everything(tmp_path: Path, option: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=f"{option} names none"):
+        invoked("experiment", str(written(tmp_path, HEAD + RUN + ARMS)), option, text, home=tmp_path / "home")
+
+
+@pytest.mark.parametrize("params", [{"extract": "last_int"}, {"extract": 5}, {"retries": None}, {"retries": "two"}])
+def test_votes_are_refused_of_a_harness_whose_parameters_its_code_cannot_use(
+    tmp_path: Path, params: dict[str, Any]
+) -> None:
+    files = reference_files(name="mine", system_prompt="Say the number.", params=params)
+    harness_folder(tmp_path / "mine", **files)
+    text = HEAD + RUN + BUDGET + '[arms.votes]\nkind = "best-of-n"\nharness = "mine"\n'
+    with pytest.raises(ConfigError, match="parameters that its code cannot use"):
+        read_experiment(written(tmp_path, text), plugins())
+
+
 def test_what_quick_says_is_laid_over_the_run_and_arms_over_that(tmp_path: Path) -> None:
     text = HEAD + RUN + BUDGET + "[quick]\nseeds = [7]\nshard_size = 4\n[quick.budget]\nrollouts = 30\n"
     file = written(tmp_path, text + "[arms.harness]\nmax_generations = 2\n")
@@ -489,6 +506,13 @@ def test_bytes_that_are_no_text_and_folders_that_are_none_are_refused(tmp_path: 
     for given, said in ((folder, r"notes\.bin is no UTF-8"), (tmp_path / "no", "no folder")):
         with pytest.raises(HarnessError, match=said):
             invoked("run", "--harness", str(given), home=tmp_path / "home")
+
+
+def test_a_file_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    folder = harness_folder(tmp_path / "mine")
+    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.txt")).write_text("x")
+    with pytest.raises(HarnessError, match=r"'caf\\udce9.txt' is no name of a file"):
+        invoked("run", "--harness", str(folder), home=tmp_path / "home")
 
 
 def test_a_folder_is_refused_that_has_more_than_files_and_folders(

@@ -136,8 +136,10 @@ async def test_the_users_of_a_url_stand_for_all_and_a_file_for_each(tmp_path: Pa
     assert (each.url, each.has(READER), each.has(CLI)) == ("tls://host:1", True, False)
     with pytest.raises(NotPermitted, match=r"c\.json has no credentials of the user 'cli'"):
         await each.connect(CLI)
-    with pytest.raises(LogError, match="not the address of a NATS server"):
-        remote_access("http://host", None)
+    for odd in ("http://host", "nats://host:abc", "nats://u:s3cret#x@host:1", "u:s3cret@host:1", "nats://[::1:1"):
+        with pytest.raises(LogError, match="not the address of a NATS server") as caught:
+            remote_access(odd, None)
+        assert "s3cret" not in str(caught.value)
 
 
 async def test_a_store_writes_as_whom_the_event_belongs_to_and_connects_nobody_before(

@@ -39,6 +39,24 @@ def test_a_profile_that_is_shipped_makes_a_configuration_whose_plugins_take_it(f
     assert config.levers == ("harness", "weights")
 
 
+def test_the_price_of_a_model_in_a_folder_is_that_of_the_folder(tmp_path: Path) -> None:
+    config = made(written(tmp_path, 'model = "./qwen"\n[prices."./qwen"]\ninput = 1\noutput = 2\n'))
+    assert [*config.prices] == [config.model] == [str(tmp_path / "qwen")]
+
+
+def test_parameters_that_were_given_before_their_plugin_was_named_are_kept(tmp_path: Path) -> None:
+    file = written(tmp_path, "seed = 1\n")
+    config = made(file, "author.base_url=http://127.0.0.1:8000/v1", "author.model=m", "author=claude")
+    assert config.author.params == {"base_url": "http://127.0.0.1:8000/v1", "model": "m"}
+    config = made(file, "author=claude", "author.model=m", "author=operators")
+    assert (config.author.name, config.author.params) == ("operators", {})
+
+
+def test_an_empty_task_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--task names none"):
+        made(written(tmp_path, 'task = "arith"\n'), task="")
+
+
 def test_a_profile_names_plugins_by_name_or_with_parameters_and_any_other_field(tmp_path: Path) -> None:
     config = made(
         written(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -114,3 +116,24 @@ async def test_a_report_shows_which_baseline_has_no_score(tmp_path: Path) -> Non
     assert "kernel: 3 examples unscored: no [GPU] here" in shown
     draw(found, tmp_path / "report.png")
     assert (tmp_path / "report.png").stat().st_size > 0
+
+
+async def test_a_picture_takes_any_edit_and_any_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    seen = []
+    saved = Figure.savefig
+
+    def noted(self: Figure, *args: Any, **options: Any) -> None:
+        seen.append(self.axes[0].get_ylim())
+        saved(self, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", noted)
+    log: MemoryLog = await log_of(await sample(FileBlobs(tmp_path / "blobs")))
+    found = report([e async for e in log.read(f"bascule.{RUN}.>")], [])
+    first, *others = found.generations
+    odd = msgspec.structs.replace(first, dev=1.4, dev_interval=None, algorithm=None, edit=r"Use $\boxed{}$ form")
+    draw(msgspec.structs.replace(found, generations=(odd, *others)), tmp_path / "report.png")
+    ((bottom, top),) = seen
+    assert bottom <= 0
+    assert top > 1.4

@@ -10,7 +10,7 @@ import pytest
 from bascule.plugins.loader import plugins
 from bascule.runtime.audit.replay import replay
 from bascule.runtime.audit.whatif import Fork, whatif
-from bascule.runtime.cli.configuration import override
+from bascule.runtime.cli.configuration import layered, override
 from bascule.runtime.cli.launch import producer
 from bascule.runtime.log.memory import MemoryLog
 from bascule.runtime.runner import View, serve
@@ -35,12 +35,12 @@ async def finished(make_view: Make, log: MemoryLog) -> list[Recorded]:
 def fork(events: list[Recorded], step: int, *settings: str) -> Fork:
     changes: dict[str, Any] = {}
     for item in settings:
-        changes = merged(changes, override(item))
+        changes = layered(changes, override(item))
     return whatif(
         events,
         "other",
         step=step,
-        config=parse_config(merged(plain(RunState.of("small", events).config), changes)),
+        config=parse_config(layered(plain(RunState.of("small", events).config), changes)),
         changes=changes,
         plugins=plugins(),
         producers={s: producer(s) for s in (*SERVICES, "cli")},
