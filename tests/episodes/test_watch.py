@@ -60,7 +60,8 @@ def test_an_orphan_is_known_by_its_group_where_it_can_leave_its_parent() -> None
         assert first.stdout is not None
         orphan = int(first.stdout.readline())
         try:
-            # Not waited for: the number still names the group.
+            # It has ended and is not waited for: the number still names the group.
+            os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)
             bounds = {first.pid: watch.Bounds(memory=ROOMY, processes=1)}
             assert watch.over(bounds, (), fronted=False)[0] == {first.pid: "processes"}
             assert watch.over(bounds, (), fronted=True)[0] == {}

@@ -29,6 +29,7 @@ from bascule.schemas.landscape import (
 from bascule.schemas.run import EvaluationConfig, GateConfig, PluginChoice, PluginPin, RunConfig
 from bascule.schemas.sandbox import Canary, SandboxConfig, SandboxReport
 from bascule.schemas.trajectory import (
+    REFUSED,
     EpisodeError,
     ModelCall,
     Note,
@@ -127,7 +128,7 @@ PROBE = ev.AdapterProbe(
 SERVED = ev.ServedProbe(tokens=2, largest=1e-05, bound=0.002, from_base=0.5, dtype="float32", replicas=2)
 TOOLS = (
     ToolCall(name="lookup", arguments='{"row":3}', result='"zwölf"', error="refused"),
-    Note(text="attempt 1 of 2: no answer in the reply, asking again"),
+    Note(text=f"{REFUSED}it is too long", refused="0123456789abcdef0123456789abcdef"),
 )
 INTERVAL = Interval(0.051, 0.274)
 LANDSCAPE = RewardLandscape(
