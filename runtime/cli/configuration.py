@@ -53,9 +53,7 @@ def configure(
     named = base.get("model")
     remote = isinstance(engine, dict) and engine.get("name") in REMOTE
     if isinstance(named, str) and named and "\0" not in named and not remote and Path(named).exists():
-        base["model"] = str(Path(named).absolute())
-        if isinstance(prices := base.get("prices"), dict) and named in prices:
-            base["prices"] = {base["model"] if model == named else model: price for model, price in prices.items()}
+        base = with_model(base, str(Path(named).absolute()))
     path = engine["params"].get("path") if isinstance(engine, dict) and isinstance(engine.get("params"), dict) else None
     if isinstance(path, str):
         base = merged(base, {"engine": {"params": {"path": str(Path(path).absolute())}}})
@@ -71,6 +69,14 @@ def configure(
     # And which file of the user's it was, where the task reads one, so that no other takes its place.
     named = merged(named, {"task": {"params": getattr(task, "pinned", {})}})
     return parse_config(merged(merged(defaults, base), named))
+
+
+def with_model(values: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """Values whose model has another name; the price that it has among them goes with it."""
+    found = {**values, "model": model}
+    if isinstance(prices := values.get("prices"), dict):
+        found["prices"] = {model if name == values.get("model") else name: price for name, price in prices.items()}
+    return found
 
 
 def layered(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

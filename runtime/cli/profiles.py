@@ -15,7 +15,7 @@ import msgspec
 
 from bascule.plugins.loader import Plugins
 from bascule.plugins.registry import Kind
-from bascule.runtime.cli.configuration import CHOICES
+from bascule.runtime.cli.configuration import CHOICES, with_model
 from bascule.runtime.cli.harness_folder import harness_in
 from bascule.runtime.cli.own_tasks import chosen_task
 from bascule.runtime.redaction import Redaction
@@ -190,10 +190,7 @@ def _chosen(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
         if isinstance(choice, dict) and isinstance(params, dict) and "path" in params:
             found[kind] = {**choice, "params": {**params, "path": located(params["path"])}}
     if "model" in found:
-        named = found["model"]
-        found["model"] = located(named)
-        if isinstance(prices := found.get("prices"), dict) and isinstance(named, str):
-            found["prices"] = {found["model"] if model == named else model: price for model, price in prices.items()}
+        found = with_model(found, located(found["model"]))
     if isinstance(found.get("harness"), str):
         found["harness"] = harness_in(Path(folder, found["harness"]))
     return found

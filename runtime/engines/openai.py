@@ -190,7 +190,7 @@ class OpenAIEngine:
             body["logprobs"] = True if chat else 1  # there a number: of the likeliest tokens beside the sampled one
         try:
             answer = await self._post("chat/completions" if chat else "completions", body, sampling.max_tokens)
-        except Refused as error:
+        except (Refused, Missing) as error:
             configured: dict[str, Any] = {k: body[k] for k in ("n", "seed", "temperature") if k in body}
             # Until something was answered, what a configuration allows of an answer may be more than the model gives.
             most = HELLO_TOKENS if self._answered else sampling.max_tokens
@@ -226,9 +226,7 @@ class OpenAIEngine:
         wishes = {"logprobs": True, "return_token_ids": True}
         try:
             return await self._post("chat/completions", {**_PLAIN, **wishes}, HELLO_TOKENS)
-        except Refused as error:
-            if isinstance(error, Missing):
-                raise
+        except Refused:
             return await self._post("chat/completions", _PLAIN, HELLO_TOKENS)
 
     def _output(self, choice: _Choice, sampling: Sampling) -> Output:

@@ -28,7 +28,7 @@ class Refused(EngineError):
     code = "bascule.engine.refused"
 
 
-class Missing(Refused):
+class Missing(EngineError):
     """The server has no such path, or no such model."""
 
     code = "bascule.engine.missing"
@@ -105,7 +105,8 @@ class Wire:
 
         Raises:
             PromptError: the prompt is refused as too long.
-            Refused: anything else in the request is, or its path.
+            Refused: anything else in the request is.
+            Missing: there is no such path, or no such model.
             Unreachable: nothing answers there, or not in time.
             EngineError: any other refusal or failure, in the server's words, save for one of the key; or what is said
                 to be JSON is none.
