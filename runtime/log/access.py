@@ -98,7 +98,9 @@ def remote_access(url: str, credentials: Path | None) -> Access:
         parts, port = urlsplit(""), None
     if parts.scheme not in ("nats", "tls") or not parts.hostname:
         # It may hold a password, and where that ends is not known where it is no address.
-        raise LogError("--url is not the address of a NATS server.", next_step="Use nats://[user:password@]host:port.")
+        raise LogError(
+            "--url is not the address of a NATS server.", next_step="Use nats://HOST:PORT or tls://HOST:PORT."
+        )
     address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
     if port is None:
         address += ":4222"
